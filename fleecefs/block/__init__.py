@@ -1,0 +1,1 @@
+"""Disks, epochs and snapshots: blocking, thread-safe code without trio."""

@@ -1,0 +1,188 @@
+"""A live disk: what the guest reads and writes.
+
+The walk of a guest's write: range check here, then `History.preserve` for clusters that
+a snapshot still needs, then the source. Every write is a registered request while it
+runs, so that a drained disk stands still.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import get_ident
+from uuid import UUID
+
+from fleecefs.block.epoch import Epoch, History
+from fleecefs.block.extent import Mapped, clip, pieces
+from fleecefs.block.image import Image, mapped_at
+from fleecefs.block.requests import Requests
+from fleecefs.errors import FlushFailed, NoSpace
+from fleecefs.units import KiB, MiB
+
+log = logging.getLogger(__name__)
+
+CLUSTER_SIZE_MIN = 4 * KiB
+# A disk's bitmap has at most so many bits (8 MiB): 4 KiB clusters up to 256 GiB.
+_BITS_MAX = 64 * MiB
+
+# A discard or zero of a whole disk preserves it in pieces of this size, each with a
+# cbw-timeout of its own, so that a guest's mkfs does not break its snapshots.
+_PIECE_SIZE = 64 * MiB
+
+
+def default_cluster_size(size: int) -> int:
+    """Return the smallest power of two for which the bitmap of a disk stays small."""
+    cluster_size = CLUSTER_SIZE_MIN
+    while -(-size // cluster_size) > _BITS_MAX:
+        cluster_size *= 2
+    return cluster_size
+
+
+class Disk:
+    """A source being exposed and protected. Its size never changes."""
+
+    def __init__(
+        self, name: str, disk_id: UUID, source: Image, history: History
+    ) -> None:
+        self.name = name
+        self.id = disk_id
+        self.source = source
+        self.size = source.size
+        self.history = history
+        self.requests: Requests = history.requests
+        # Why no flush can succeed any more; the kernel may have dropped dirty pages.
+        self.flush_error: str | None = None
+        self.reads = 0
+        self.writes = 0
+
+    @property
+    def cluster_size(self) -> int:
+        return self.history.cluster_size
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return current bytes; less only at the end."""
+        if offset + length > self.size:
+            length = clip(offset, length, self.size)
+        self.reads += 1
+        return self.source.pread(length, offset)
+
+    def write(
+        self, data: bytes | memoryview, offset: int, durable: bool = False
+    ) -> int:
+        """Write, and return how much: less if the end or the source's space is near.
+
+        `durable`: on stable storage on return (O_DSYNC). Raises NoSpace beyond the
+        end, and whatever the source or, under break-guest-write, the store raises.
+        """
+        end = offset + len(data)
+        if end > self.size:
+            data = data[: clip(offset, len(data), self.size)]
+            end = offset + len(data)
+            if not data:
+                raise NoSpace("write beyond the end of the disk")
+        thread, requests, history = get_ident(), self.requests, self.history
+        with requests.lock:
+            if requests.is_drained:
+                requests.wait_opened()
+            requests.writes[thread] = (offset, end)
+        try:
+            if history.newest is not None:
+                history.preserve(offset, end)
+            self.writes += 1
+            written = self.source.pwrite(data, offset)
+            if durable:
+                self.flush()
+            return written
+        finally:
+            with requests.lock:
+                requests.writes.pop(thread, None)
+                requests.changed()
+
+    def zero(self, length: int, offset: int) -> None:
+        """Make a range read as zeroes. NoSpace beyond the end; nothing is done then."""
+        if offset + length > self.size:
+            raise NoSpace("zeroes beyond the end of the disk")
+        for extent in pieces(offset, offset + length, _PIECE_SIZE):
+            with self._overwriting(extent.offset, extent.end):
+                self.source.zero(extent.length, extent.offset)
+
+    def discard(self, length: int, offset: int) -> None:
+        """Give a range's space back; it reads as zeroes. The end cuts it."""
+        end = offset + clip(offset, length, self.size)
+        for extent in pieces(offset, end, _PIECE_SIZE):
+            with self._overwriting(extent.offset, extent.end):
+                self.source.discard(extent.length, extent.offset)
+
+    @contextmanager
+    def _overwriting(self, offset: int, end: int) -> Iterator[None]:
+        """Do as `write` does around the overwriting itself."""
+        thread, requests = get_ident(), self.requests
+        with requests.lock:
+            if requests.is_drained:
+                requests.wait_opened()
+            requests.writes[thread] = (offset, end)
+        try:
+            if self.history.newest is not None:
+                self.history.preserve(offset, end)
+            yield
+        finally:
+            with requests.lock:
+                requests.writes.pop(thread, None)
+                requests.changed()
+
+    def flush(self) -> None:
+        """Make all acknowledged writes durable.
+
+        A failure is for ever: Linux reports a lost page once, then forgets it, so a
+        second flush would succeed without the data (fsyncgate).
+        """
+        if self.flush_error is not None:
+            raise FlushFailed(self.flush_error)
+        try:
+            self.source.flush()
+        except OSError as e:
+            self.flush_error = f"a flush failed: {e.strerror}"
+            log.error("disk %s: %s; no later one succeeds", self.name, self.flush_error)
+            raise
+
+    # -- where data and holes are
+
+    def map(self, offset: int, end: int) -> Iterator[Mapped]:
+        """Yield what [offset, end) consists of just now, in order, without gaps."""
+        while offset < min(end, self.size):
+            mapped = mapped_at(self.source, offset, min(end, self.size))
+            yield mapped
+            offset = mapped.end
+
+    def find_data(self, offset: int) -> int:
+        """Return where data is next at or after offset, or the size."""
+        return self.source.find_data(offset)
+
+    def find_hole(self, offset: int) -> int:
+        """Return where a hole is next at or after offset, or the size."""
+        return self.source.find_hole(offset)
+
+    def allocated(self) -> int:
+        """Return the bytes of storage the source occupies."""
+        return self.source.allocated()
+
+
+def drained(disks: list[Disk]) -> ExitStack:
+    """Return a context in which none of the disks is being written to.
+
+    Always in the same order, so that two of these can not wait for each other.
+    """
+    stack = ExitStack()
+    try:
+        for disk in sorted(disks, key=lambda disk: disk.id):
+            stack.enter_context(disk.requests.drained())
+    except BaseException:
+        stack.close()
+        raise
+    return stack
+
+
+def freeze(disks: list[Disk], epochs: list[Epoch]) -> None:
+    """Begin an epoch on each disk, all at one instant."""
+    with drained(disks):
+        for disk, epoch in zip(disks, epochs, strict=True):
+            disk.history.append(epoch)

@@ -1,0 +1,334 @@
+"""Epochs: the past of a disk, each cluster kept once.
+
+An epoch holds what was overwritten between one snapshot and the next. A guest write
+preserves a cluster at most once, into the newest epoch, however many snapshots exist.
+Snapshot k reads a cluster from the first epoch >= k that has it, otherwise from the
+source.
+
+Why a snapshot never sees new data (this is the whole proof):
+
+1. A reader decides under the disk's lock: some epoch has the cluster -> it reads the
+   store, which is never overwritten; none has it -> it registers, then reads the
+   source.
+2. A write first puts the old data into the store, then sets the bit under the lock,
+   then waits for the readers registered by then, and only then overwrites the source.
+
+So a reader that saw no bit is registered before the bit was set, and the write waits
+for it; a reader that comes later sees the bit. Where preserving fails, the snapshots
+that needed it are marked broken before the write goes on, and a reader looks at the
+mark again after it has read.
+
+An epoch whose snapshot is deleted or broken is *retired*: it stays while an older
+snapshot needs its data. Then its bits come to include those of the epochs between, so
+that a write never preserves what they have already.
+"""
+
+import enum
+import time
+from collections.abc import Callable
+
+from bitarray import bitarray
+
+from fleecefs.block.image import Image
+from fleecefs.block.requests import Copy, Requests
+from fleecefs.block.store import COPY_SIZE_MAX, Store, runs
+from fleecefs.errors import Abandoned, SnapshotLost, TimedOut
+
+
+class OnCbwError(enum.Enum):
+    """What happens when a cluster can not be preserved; QEMU's names."""
+
+    BREAK_SNAPSHOT = "break-snapshot"  # the guest goes on, the snapshot is lost
+    BREAK_GUEST_WRITE = "break-guest-write"  # the guest's write fails
+
+
+class Epoch:
+    """One epoch of one disk.
+
+    number     never reused for this disk
+    preserved  a bit a cluster: the store has it, or no snapshot needs it any more
+    denied     clusters whose access was given up by a discard on the snapshot
+    lost       why its snapshot can not be read any more; None while it is good
+    """
+
+    def __init__(
+        self,
+        number: int,
+        preserved: bitarray,
+        store: Store,
+        *,
+        on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT,
+        remember: Callable[[str], None] = lambda reason: None,
+        forget: Callable[[], None] = lambda: None,
+        make_denied: Callable[[], bitarray] | None = None,
+        lost: str | None = None,
+    ) -> None:
+        self.number = number
+        self.preserved = preserved
+        self.store = store
+        self.on_cbw_error = on_cbw_error
+        self.denied: bitarray | None = None
+        self.lost = lost
+        self.make_denied = make_denied or self._denied_in_memory
+        self._remember = remember
+        self._forget = forget
+
+    def _denied_in_memory(self) -> bitarray:
+        return bitarray(len(self.preserved), endian="little")
+
+    def lose(self, reason: str) -> None:
+        """Mark the snapshot lost, first where it survives a crash of the daemon."""
+        self._remember(reason)
+        self.lost = reason
+
+    def drop(self) -> None:
+        """Give back everything the epoch occupies."""
+        self.store.drop()
+        self._forget()
+
+
+class History:
+    """The epochs of one disk, oldest first; guarded by the lock of its requests.
+
+    `broke` is called, without the lock, with each epoch whose snapshot broke and why.
+    """
+
+    def __init__(
+        self,
+        source: Image,
+        requests: Requests,
+        cluster_size: int,
+        *,
+        timeout: float = 10.0,
+        broke: Callable[[Epoch, str], None] = lambda epoch, reason: None,
+    ) -> None:
+        self.source = source
+        self.requests = requests
+        self.cluster_size = cluster_size
+        self.timeout = timeout
+        self.broke = broke
+        self.epochs: list[Epoch] = []
+        # Where writes preserve to; None while no snapshot needs them to.
+        self.newest: Epoch | None = None
+        self.copied = 0
+        self._shift = cluster_size.bit_length() - 1
+        self._copy_clusters_max = max(1, COPY_SIZE_MAX >> self._shift)
+        self._garbage: list[Callable[[], None]] = []
+
+    # -- for writers
+
+    def preserve(self, offset: int, end: int) -> None:
+        """Return when [offset, end) of the source may be overwritten.
+
+        Raises the copy's error under break-guest-write; Abandoned if the copy hung and
+        `expire` gave the guest's request to somebody else.
+        """
+        first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
+        deadline = time.monotonic() + self.timeout
+        while (copy := self._claim(first, stop, deadline)) is not None:
+            self._copy(copy)
+
+    def _claim(self, first: int, stop: int, deadline: float) -> Copy | None:
+        """Register the clusters still to copy, or return None if there are none."""
+        requests = self.requests
+        with requests.lock:
+            while (newest := self.newest) is not None:
+                missing = newest.preserved.find(0, first, stop)
+                if missing >= 0:
+                    if requests.find_copy(missing, stop) is None:
+                        copy = Copy(missing, stop, deadline)
+                        requests.copies[copy.thread] = copy
+                        return copy
+                elif not requests.readers or not requests.find_readers(first, stop):
+                    return None
+                if not requests.wait_changed(deadline):
+                    break
+            else:
+                return None
+        # Waited too long for a copy by somebody else, or for a reader.
+        self._fail(first, stop, self._too_late())
+        return self._claim(first, stop, deadline)
+
+    def _copy(self, copy: Copy) -> None:
+        failure = None
+        try:
+            self._copy_runs(copy)
+        except OSError as e:
+            failure = e
+        requests = self.requests
+        with requests.lock:
+            if copy.abandoned:
+                raise Abandoned
+            del requests.copies[copy.thread]
+            requests.changed()
+            if failure is None and self.newest is not None:
+                self.newest.preserved[copy.first : copy.stop] = 1
+        if failure is not None:
+            self._fail(copy.first, copy.stop, failure)
+
+    def _copy_runs(self, copy: Copy) -> None:
+        """Put the missing clusters of a claimed copy into the newest epoch's store."""
+        newest = self.newest
+        first, stop = copy.first, copy.stop
+        while newest is not None and first < stop:
+            found = newest.preserved.find(1, first, stop)
+            end = min(found if found >= 0 else stop, first + self._copy_clusters_max)
+            offset = first << self._shift
+            length = min(end << self._shift, self.source.size) - offset
+            data = self.source.pread(length, offset)
+            # Data read in time is old data: whoever overwrites these clusters waits
+            # for this copy, or for `expire` to abandon it.
+            if copy.abandoned:
+                return
+            newest.store.put(data, first)
+            self.copied += length
+            found = newest.preserved.find(0, end, stop)
+            first = found if found >= 0 else stop
+
+    def expire(self, now: float) -> dict[int, OSError | None]:
+        """Give up copies that hang beyond their deadline; return whose they were.
+
+        Those threads end in Abandoned whenever they come back, and must not answer the
+        guest. The caller does: with the error, or, for None, by serving the request
+        again, which then finds the snapshot broken and goes on.
+        """
+        requests = self.requests
+        with requests.lock:
+            late = [copy for copy in requests.copies.values() if copy.deadline < now]
+            for copy in late:
+                copy.abandoned = True
+                del requests.copies[copy.thread]
+                requests.writes.pop(copy.thread, None)
+            requests.changed()
+        outcome: dict[int, OSError | None] = {}
+        for copy in late:
+            outcome[copy.thread] = None
+            try:
+                self._fail(copy.first, copy.stop, self._too_late())
+            except TimedOut as e:
+                outcome[copy.thread] = e
+        return outcome
+
+    def _too_late(self) -> TimedOut:
+        return TimedOut(f"took longer than cbw-timeout, {self.timeout:g} s")
+
+    def _fail(self, first: int, stop: int, error: OSError) -> None:
+        """Break the snapshots that can not be served from [first, stop), or raise.
+
+        They are those that need a cluster no epoch has, and those being read from the
+        source just now: such a reader looks at the mark before it answers.
+        """
+        reason = f"could not preserve: {error.strerror or error}"
+        requests = self.requests
+        with requests.lock:
+            if self.newest is None:
+                return
+            reading = requests.find_readers(first, stop)
+            needing = self._needing(first, stop)
+            needing += [
+                epoch
+                for epoch in {requests.readers[thread][2] for thread in reading}
+                if epoch.lost is None and epoch not in needing
+            ]
+            guest_fails = OnCbwError.BREAK_GUEST_WRITE
+            if any(epoch.on_cbw_error is guest_fails for epoch in needing):
+                raise error
+            for epoch in needing:
+                epoch.lose(reason)
+                self._retire(epoch)
+            for thread in reading:
+                del requests.readers[thread]
+            requests.changed()
+        for epoch in needing:
+            self.broke(epoch, reason)
+
+    def _needing(self, first: int, stop: int) -> list[Epoch]:
+        """Return the epochs whose good snapshots read any of these from the source."""
+        held = bitarray(stop - first, endian="little")
+        needing = []
+        for epoch in reversed(self.epochs):
+            held |= epoch.preserved[first:stop]
+            if held.all():
+                break
+            if epoch.lost is None:
+                needing.append(epoch)
+        return needing
+
+    # -- for readers
+
+    def chain(self, epoch: Epoch) -> list[Epoch]:
+        """Return the epochs a snapshot reads from, in order; hold the lock."""
+        return self.epochs[self.epochs.index(epoch) :]
+
+    @staticmethod
+    def holder(chain: list[Epoch], cluster: int, stop: int) -> tuple[Epoch | None, int]:
+        """Return the first epoch that has a cluster, and where that run ends."""
+        for epoch in chain:
+            if epoch.preserved[cluster]:
+                found = epoch.preserved.find(0, cluster, stop)
+                return epoch, found if found >= 0 else stop
+            found = epoch.preserved.find(1, cluster, stop)
+            if found >= 0:
+                stop = found
+        return None, stop
+
+    # -- for the control path
+
+    def append(self, epoch: Epoch) -> None:
+        """Begin an epoch: a snapshot of this instant. The disk is drained."""
+        with self.requests.lock:
+            self.epochs.append(epoch)
+            self.newest = epoch
+
+    def retire(self, epoch: Epoch, reason: str) -> None:
+        """End a snapshot: its readers get EIO, its data goes unless others need it."""
+        with self.requests.lock:
+            if epoch.lost is None:
+                epoch.lost = reason
+                self._retire(epoch)
+                self.requests.changed()
+
+    def _retire(self, epoch: Epoch) -> None:
+        index = self.epochs.index(epoch)
+        older = index - 1
+        while older >= 0 and self.epochs[older].lost is not None:
+            older -= 1
+        if older < 0:
+            self._drop_until_good(index)
+            return
+        held = self.epochs[older].preserved.copy()
+        for between in self.epochs[older + 1 : index]:
+            held |= between.preserved
+        duplicates = held & epoch.preserved
+        store = epoch.store
+        self._garbage.append(lambda: _free(store, duplicates))
+        epoch.preserved |= held
+
+    def _drop_until_good(self, index: int) -> None:
+        """Drop the oldest epochs, all retired, up to the first good one."""
+        while index < len(self.epochs) and self.epochs[index].lost is not None:
+            index += 1
+        for epoch in self.epochs[:index]:
+            self._garbage.append(epoch.drop)
+        del self.epochs[:index]
+        if not self.epochs:
+            self.newest = None
+
+    def collect(self) -> None:
+        """Give back the space of what was retired, once the state knows of it.
+
+        Readers that still use it keep its files open, and look at `lost` afterwards.
+        """
+        while self._garbage:
+            self._garbage.pop(0)()
+
+
+def _free(store: Store, clusters: bitarray) -> None:
+    for first, stop in runs(clusters, 0, len(clusters)):
+        store.free(first, stop)
+
+
+def check_good(epoch: Epoch) -> None:
+    """Raise SnapshotLost if the epoch's snapshot can not be read any more."""
+    if epoch.lost is not None:
+        raise SnapshotLost(epoch.lost)

@@ -1,0 +1,239 @@
+"""Where an epoch's preserved clusters live: a RAM tier in front of a disk tier.
+
+A tier is a sparse file with every cluster at its own offset, and a bitmap of the
+clusters it holds. A cluster that reads as zeroes is in no tier: it costs no space and
+no I/O. What a tier may hold is limited by a Budget that many stores share.
+
+Data is in a tier before its bit is set, and the bit of a tier is set before the
+epoch's: whoever sees a bit can read the data.
+"""
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+
+from bitarray import bitarray
+
+from fleecefs.block.bitmap import next_set
+from fleecefs.block.image import Image
+from fleecefs.errors import NoSpace
+
+# A run is read whole before it is written again: this much memory at most.
+COPY_SIZE_MAX = 1 << 20
+
+
+class Budget:
+    """Bytes that stores may hold together; None is no limit."""
+
+    def __init__(self, limit: int | None, name: str) -> None:
+        self.limit = limit
+        self.name = name
+        self.used = 0
+        self.peak = 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Reserve bytes, or return False if they are not there."""
+        with self._lock:
+            used = self.used + size
+            if self.limit is not None and used > self.limit:
+                return False
+            self.used = used
+            self.peak = max(self.peak, used)
+            return True
+
+    def charge(self, size: int) -> None:
+        """Count bytes that are held already, whatever the limit says."""
+        with self._lock:
+            self.used += size
+            self.peak = max(self.peak, self.used)
+
+    def give(self, size: int) -> None:
+        with self._lock:
+            self.used -= size
+
+    def statistics(self) -> dict[str, int | None]:
+        return {"limit": self.limit, "used": self.used, "peak": self.peak}
+
+
+class Tier:
+    """One file of clusters at their own offsets, and the bits of those it holds."""
+
+    def __init__(
+        self,
+        name: str,
+        image: Image,
+        bits: bitarray,
+        budget: Budget,
+        cluster_size: int,
+    ) -> None:
+        self.name = name
+        self.image = image
+        self.bits = bits
+        self._budget = budget
+        self._cluster_size = cluster_size
+        self._lock = threading.Lock()
+        self._dropped = False
+        budget.charge(self.used)
+
+    @property
+    def used(self) -> int:
+        return self.bits.count() * self._cluster_size
+
+    def put(self, data: bytes, first: int, stop: int) -> bool:
+        """Keep whole clusters; False if the budget is used up, OSError if it fails.
+
+        The last cluster of a disk may be cut short by the disk's end.
+        """
+        size = (stop - first) * self._cluster_size
+        if not self._budget.take(size):
+            return False
+        try:
+            written = self.image.pwrite(data, first * self._cluster_size)
+            if written != len(data):
+                raise NoSpace(f"no space in the store's {self.name} tier")
+        except OSError:
+            self._budget.give(size)
+            raise
+        with self._lock:
+            if self._dropped:
+                self._budget.give(size)
+            else:
+                self.bits[first:stop] = 1
+        return True
+
+    def free(self, first: int, stop: int) -> None:
+        """Forget the clusters in [first, stop) that are here and give back space."""
+        for start, end in runs(self.bits, first, stop):
+            with self._lock:
+                if self._dropped:
+                    return
+                self.bits[start:end] = 0
+            offset = start * self._cluster_size
+            length = min(end * self._cluster_size, self.image.size) - offset
+            self.image.discard(length, offset)
+            self._budget.give((end - start) * self._cluster_size)
+
+    def drop(self) -> None:
+        """Give back the whole budget. The image is closed by its last user."""
+        with self._lock:
+            if self._dropped:
+                return
+            self._dropped = True
+            self._budget.give(self.used)
+
+
+class Store:
+    """The tiers of one epoch, fastest first, as one place for clusters."""
+
+    def __init__(
+        self,
+        tiers: list[Tier],
+        cluster_size: int,
+        size: int,
+        remove: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.tiers = tiers
+        self._cluster_size = cluster_size
+        self._size = size
+        self._zeroes = bytes(cluster_size)
+        self._remove = remove
+
+    def put(self, data: bytes, first: int) -> None:
+        """Keep whole clusters from `first` on; those that are zeroes cost nothing."""
+        size, zeroes = self._cluster_size, self._zeroes
+        count = -(-len(data) // size)
+        if count == 1:
+            if data != zeroes[: len(data)]:
+                self._put(data, first, first + 1)
+            return
+        # Runs of clusters that are all zeroes or all not.
+        start = 0
+        start_is_zero = data.startswith(zeroes)
+        for index in range(1, count):
+            at = index * size
+            is_zero = data.startswith(zeroes[: len(data) - at], at)
+            if is_zero != start_is_zero:
+                if not start_is_zero:
+                    self._put(data[start * size : at], first + start, first + index)
+                start, start_is_zero = index, is_zero
+        if not start_is_zero:
+            rest = data[start * size :] if start else data
+            self._put(rest, first + start, first + count)
+
+    def _put(self, data: bytes, first: int, stop: int) -> None:
+        *faster, last = self.tiers
+        for tier in faster:
+            try:
+                if tier.put(data, first, stop):
+                    return
+            except OSError as e:
+                # A full tmpfs is a full tier: the next one takes it.
+                if e.errno != errno.ENOSPC:
+                    raise
+        if not last.put(data, first, stop):
+            raise NoSpace("the store has reached its limit")
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer from preserved clusters, whichever tier has them."""
+        size = self._cluster_size
+        end = offset + len(buffer)
+        position, stop = offset, -(-end // size)
+        while position < end:
+            cluster = position // size
+            tier, run_stop = self.locate(cluster, stop)
+            part_end = min(run_stop * size, end)
+            part = buffer[position - offset : part_end - offset]
+            if tier is None:
+                part[:] = bytes(len(part))
+            else:
+                tier.image.pread_into(part, position)
+            position = part_end
+
+    def locate(self, cluster: int, stop: int) -> tuple[Tier | None, int]:
+        """Return the tier that has a cluster and where its run ends."""
+        for tier in self.tiers:
+            if tier.bits[cluster]:
+                found = tier.bits.find(0, cluster, stop)
+                return tier, found if found >= 0 else stop
+        return None, min(next_set(tier.bits, cluster, stop) for tier in self.tiers)
+
+    def free(self, first: int, stop: int) -> None:
+        """Forget clusters nobody will ask for again."""
+        for tier in self.tiers:
+            tier.free(first, stop)
+
+    def settle(self) -> None:
+        """Move everything to the last tier and make it durable, before a clean end."""
+        *faster, last = self.tiers
+        step = max(1, COPY_SIZE_MAX // self._cluster_size)
+        for tier in faster:
+            for first, stop in runs(tier.bits, 0, len(tier.bits)):
+                for start in range(first, stop, step):
+                    end = min(start + step, stop)
+                    offset = start * self._cluster_size
+                    length = min(end * self._cluster_size, self._size) - offset
+                    data = tier.image.pread(length, offset)
+                    if not last.put(data, start, end):
+                        raise NoSpace("the store has reached its limit")
+                    tier.free(start, end)
+        last.image.flush()
+
+    def used(self) -> dict[str, int]:
+        """Return the bytes kept in each tier, by the tier's name."""
+        return {tier.name: tier.used for tier in self.tiers}
+
+    def drop(self) -> None:
+        """Give back all space: the epoch is gone."""
+        for tier in self.tiers:
+            tier.drop()
+        self._remove()
+
+
+def runs(bits: bitarray, first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs of set bits in [first, stop)."""
+    while (start := bits.find(1, first, stop)) >= 0:
+        first = bits.find(0, start, stop)
+        if first < 0:
+            first = stop
+        yield start, first
