@@ -21,6 +21,8 @@ from fleecefs.units import KiB, MiB
 log = logging.getLogger(__name__)
 
 CLUSTER_SIZE_MIN = 4 * KiB
+# A copy is one cluster at least, and a guest write waits for it.
+CLUSTER_SIZE_MAX = 1 * MiB
 # A disk's bitmap has at most so many bits (8 MiB): 4 KiB clusters up to 256 GiB.
 _BITS_MAX = 64 * MiB
 

@@ -288,6 +288,15 @@ class History:
                 self._retire(epoch)
                 self.requests.changed()
 
+    def load(self, epochs: list[Epoch]) -> None:
+        """Take over the epochs of an earlier daemon; `lost` ones are retired again."""
+        with self.requests.lock:
+            self.epochs = list(epochs)
+            self.newest = epochs[-1] if epochs else None
+            for epoch in epochs:
+                if epoch.lost is not None and epoch in self.epochs:
+                    self._retire(epoch)
+
     def _retire(self, epoch: Epoch) -> None:
         index = self.epochs.index(epoch)
         older = index - 1

@@ -155,6 +155,10 @@ class RawImage:
             return self.size
         return os.fstat(self.fd).st_blocks * 512
 
+    def status(self) -> os.stat_result:
+        """Return fstat(2) of the file or device node."""
+        return os.fstat(self.fd)
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)

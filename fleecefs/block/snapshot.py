@@ -48,7 +48,12 @@ class Snapshot:
         """Why it can not be read any more, or None."""
         return self.epoch.lost
 
+    @property
+    def cluster_size(self) -> int:
+        return self._cluster_size
+
     def allocated(self) -> int:
+        """Return the bytes of storage the disk occupied at the instant."""
         return self._allocated
 
     def read(self, length: int, offset: int) -> bytes | memoryview:

@@ -1,0 +1,142 @@
+"""Options and arguments that several commands share, and how they complete."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, cast
+
+import click
+from click.shell_completion import CompletionItem
+
+from fleecefs.cli.daemons import MOUNT_KEY, connect
+from fleecefs.units import parse_size
+
+if TYPE_CHECKING:
+    from fleecefs.control.client import Client
+    from fleecefs.control.results import Snapshot, Status
+
+# A shell that waits for TAB waits for the daemon.
+COMPLETION_TIMEOUT = 1.0
+
+
+def complete_mounts(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete the mounts of running daemons."""
+    from fleecefs.state.runtime import running_mounts
+
+    return _beginning(incomplete, (each.mount for each in running_mounts()))
+
+
+def complete_snapshots(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete the names of snapshots."""
+    return _beginning(incomplete, _asked(ctx, _snapshot_names))
+
+
+def complete_disks(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete the names of disks."""
+    return _beginning(incomplete, _asked(ctx, _disk_names))
+
+
+def complete_disk_files(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete the names of live files and of those in snapshots."""
+    return _beginning(incomplete, _asked(ctx, _file_names))
+
+
+def complete_paths(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> "list[CompletionItem[str]]":
+    """Leave it to the shell, which knows files."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def absolute(
+    ctx: click.Context, param: click.Parameter, path: str | None
+) -> str | None:
+    """Take a path; the daemon works in another directory."""
+    return None if path is None else os.path.abspath(path)
+
+
+def size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Take a size like 64K or 10GiB."""
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as e:
+        raise click.BadParameter(str(e), ctx, param) from None
+
+
+def _remember_mount(
+    ctx: click.Context, param: click.Parameter, mount: str | None
+) -> None:
+    # The command's own option is parsed after the program's, and wins.
+    if mount is not None:
+        ctx.meta[MOUNT_KEY] = mount
+
+
+# After the command ...
+mount_option = click.option(
+    "-m",
+    "--mount",
+    metavar="MOUNT",
+    expose_value=False,
+    callback=_remember_mount,
+    shell_complete=complete_mounts,
+    help="The daemon that serves MOUNT; with a single daemon it is found.",
+)
+
+# ... or before it, where the environment has a word, too.
+mount_option_of_program = click.option(
+    "-m",
+    "--mount",
+    metavar="MOUNT",
+    envvar="FLEECEFS_MOUNT",
+    show_envvar=True,
+    expose_value=False,
+    callback=_remember_mount,
+    shell_complete=complete_mounts,
+    help="The daemon to talk to; with a single daemon it is found.",
+)
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the daemon's answer as JSON."
+)
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _asked(ctx: click.Context, ask: "Callable[[Client], list[str]]") -> list[str]:
+    """Return the daemon's answer, or nothing if there is none to be had."""
+    try:
+        with ctx.scope(cleanup=False), connect(COMPLETION_TIMEOUT) as client:
+            return ask(client)
+    except (OSError, click.ClickException):
+        return []
+
+
+def _snapshot_names(client: "Client") -> list[str]:
+    snapshots = cast("list[Snapshot]", client.execute("fleecefs-snapshot-list"))
+    return [snapshot["name"] for snapshot in snapshots]
+
+
+def _disk_names(client: "Client") -> list[str]:
+    status = cast("Status", client.execute("fleecefs-status"))
+    return [disk["name"] for disk in status["disks"]]
+
+
+def _file_names(client: "Client") -> list[str]:
+    status = cast("Status", client.execute("fleecefs-status"))
+    live = [disk["name"] for disk in status["disks"]]
+    return live + [
+        f"snapshots/{snapshot['name']}/{disk['name']}"
+        for snapshot in status["snapshots"]
+        for disk in snapshot["disks"]
+    ]

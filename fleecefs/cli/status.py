@@ -1,0 +1,85 @@
+"""fleecefs status: everything about a daemon at one glance."""
+
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from fleecefs.cli.daemons import connect
+from fleecefs.cli.options import json_option, mount_option
+from fleecefs.cli.snapshot import print_snapshots
+from fleecefs.cli.text import format_time, print_json, print_table, printable
+from fleecefs.units import format_size
+
+if TYPE_CHECKING:
+    from fleecefs.control.results import Disk, RamUse, Status, StoreUse
+
+
+@click.command(short_help="Show the disks, snapshots and space in use.")
+@mount_option
+@json_option
+def status(as_json: bool) -> None:
+    """Show the disks, the snapshots and the space that they take."""
+    with connect() as client:
+        answer = cast("Status", client.execute("fleecefs-status"))
+    if as_json:
+        print_json(answer)
+        return
+    _print_daemon(answer)
+    click.echo()
+    _print_disks(answer["disks"])
+    if answer["snapshots"]:
+        click.echo()
+        print_snapshots(answer["snapshots"])
+
+
+def _print_daemon(answer: "Status") -> None:
+    policy = answer["policy"]
+    store = answer["store"]
+    lines = {
+        "mount": answer["mount"],
+        "daemon": f"fleecefs {answer['version']}, {_processes(answer)},"
+        f" since {format_time(answer['started'])}",
+        "state": answer["state"],
+        "store": f"{store['directory']}, {_use(store)}",
+        "RAM": _use(answer["ram"]),
+        "policy": f"{policy['on-cbw-error']}, after {policy['cbw-timeout']:g} s",
+    }
+    for title, text in lines.items():
+        click.echo(f"{title:<8}{printable(text)}")
+
+
+def _processes(answer: "Status") -> str:
+    keeper = answer["keeper-pid"]
+    return f"pid {answer['pid']}" + (f", keeper {keeper}" if keeper else "")
+
+
+def _use(space: "StoreUse | RamUse") -> str:
+    limit = (
+        "no limit" if space["limit"] is None else f"of {format_size(space['limit'])}"
+    )
+    return (
+        f"{format_size(space['used'])} used, {limit},"
+        f" at most {format_size(space['peak'])} until now"
+    )
+
+
+def _print_disks(disks: "list[Disk]") -> None:
+    print_table(
+        ["DISK", ">SIZE", ">CLUSTER", ">SNAPSHOTS", ">READS", ">WRITES", "SOURCE"],
+        [
+            [
+                disk["name"],
+                format_size(disk["size"]),
+                format_size(disk["cluster-size"]),
+                str(disk["snapshots"]),
+                str(disk["reads"]),
+                str(disk["writes"]),
+                disk["source"],
+            ]
+            for disk in disks
+        ],
+    )
+    for disk in disks:
+        if disk["flush-error"] is not None:
+            text = f"{disk['name']}: a flush has failed: {disk['flush-error']}"
+            click.echo(printable(text))

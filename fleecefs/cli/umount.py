@@ -1,0 +1,109 @@
+"""fleecefs umount: end a daemon and wait until nothing of it is left."""
+
+import contextlib
+import os
+import re
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from fleecefs.cli.daemons import choose, resolve
+from fleecefs.cli.options import complete_mounts
+from fleecefs.cli.text import printable
+from fleecefs.errors import Busy, NotFound, TimedOut
+
+if TYPE_CHECKING:
+    from fleecefs.control.results import Status
+    from fleecefs.state.runtime import RunningMount
+
+# To finish the requests of a busy guest and to save the state.
+END_TIMEOUT = 60.0
+
+
+@click.command(short_help="Unmount, and end the daemon.")
+@click.option("--force", is_flag=True, help="Also while files are in use.")
+@click.argument("mount", metavar="MOUNT", shell_complete=complete_mounts)
+def umount(force: bool, mount: str) -> None:
+    """Unmount MOUNT, and end its daemon. Snapshots stay, for the next mount.
+
+    Refused while files are in use, unless --force is given.
+    """
+    try:
+        running = choose(mount)
+    except NotFound:
+        path = resolve(mount)
+        if path not in abandoned_mounts():
+            raise
+        _unmount_abandoned(path, force)
+        click.echo(f"{printable(path)} had lost its daemon, and is unmounted now")
+        return
+    _end(running, force)
+
+
+def abandoned_mounts() -> list[str]:
+    """Return where fleecefs is mounted according to the kernel, daemon or not."""
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
+        mounts = [line.split(" ") for line in file]
+    return [_unescape(each[1]) for each in mounts if each[2] == "fuse.fleecefs"]
+
+
+def _unescape(path: str) -> str:
+    """Undo the kernel's escapes, like \\040 for a space (fstab(5))."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
+
+
+def _unmount_abandoned(path: str, force: bool) -> None:
+    # Lazy only when told: whoever has files open there gets errors, not an end.
+    command = ["fusermount3", "-u", *(["-z"] if force else []), "--", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Busy(f"{path} has lost its daemon, but: {done.stderr.strip()}")
+
+
+def _end(running: "RunningMount", force: bool) -> None:
+    from fleecefs.control.client import Client
+
+    deadline = time.monotonic() + END_TIMEOUT
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(Client(running.socket, END_TIMEOUT))
+        status = cast("Status", client.execute("fleecefs-status"))
+        processes = [
+            (pid, stack.enter_context(_process(pid)))
+            for pid in (status["pid"], status["keeper-pid"])
+            if pid is not None
+        ]
+        client.execute("fleecefs-umount", force=force)
+        client.wait_closed()
+        for pid, ended in processes:
+            if not _wait(ended, deadline):
+                raise TimedOut(
+                    f"process {pid} of {running.mount} has not ended"
+                    f" within {END_TIMEOUT:.0f} s: see its log"
+                )
+
+
+@contextlib.contextmanager
+def _process(pid: int) -> Iterator[int | None]:
+    """Yield a descriptor that tells when a process has ended; None if it has."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _wait(ended: int | None, deadline: float) -> bool:
+    if ended is None:
+        return True
+    waiting = select.poll()
+    waiting.register(ended, select.POLLIN)
+    left = max(0.0, deadline - time.monotonic())
+    return bool(waiting.poll(left * 1000))

@@ -1,0 +1,209 @@
+"""What the control socket can be asked to do: a table of commands.
+
+The table says which arguments a command takes; they are checked in one place before
+its handler runs, so a handler is an ordinary method with ordinary parameters. What
+blocks (the inventory, the status) runs in a thread.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import trio
+
+from fleecefs import __version__
+from fleecefs.control import qmp
+from fleecefs.control.qmp import ErrorClass, Message, QmpError, Request
+from fleecefs.errors import NotFound
+from fleecefs.inventory import Inventory
+
+log = logging.getLogger(__name__)
+
+# 10000 extents of at most 100 bytes each fit in a line of 1 MiB.
+MAP_COUNT_MAX = 10_000
+
+
+class Lifecycle(NamedTuple):
+    """What only the daemon itself can tell or do."""
+
+    # Blocking; the shape is results.Status.
+    status: Callable[[], Message]
+    # Takes force. Returns when the daemon has decided to end and may be answered;
+    # raises OSError if it will not.
+    umount: Callable[[bool], Awaitable[None]]
+
+
+class Argument(NamedTuple):
+    """What one parameter of a command takes."""
+
+    expected: str
+    accepts: Callable[[object], bool]
+    required: bool = True
+
+
+class Command(NamedTuple):
+    """A handler, called with the arguments by name once they have been checked."""
+
+    handler: Callable[..., Awaitable[object]]
+    arguments: dict[str, Argument]
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_boolean(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_string, value))
+
+
+STRING = Argument("string", _is_string)
+STRINGS = Argument("array of strings", _is_strings)
+INTEGER = Argument("integer", _is_integer)
+BOOLEAN = Argument("boolean", _is_boolean)
+
+
+class Commands:
+    """Every command, bound to the daemon it works on."""
+
+    def __init__(self, inventory: Inventory, lifecycle: Lifecycle) -> None:
+        self._inventory = inventory
+        self._lifecycle = lifecycle
+        self.table = {
+            "query-commands": Command(self._query_commands, {}),
+            "query-version": Command(self._query_version, {}),
+            "quit": Command(self._umount, {}),
+            "fleecefs-status": Command(self._status, {}),
+            "fleecefs-snapshot-create": Command(
+                self._snapshot_create, {"name": STRING, "disks": _optional(STRINGS)}
+            ),
+            "fleecefs-snapshot-delete": Command(
+                self._snapshot_delete, {"name": STRING}
+            ),
+            "fleecefs-snapshot-list": Command(self._snapshot_list, {}),
+            "fleecefs-snapshot-show": Command(self._snapshot_show, {"name": STRING}),
+            "fleecefs-map": Command(
+                self._map,
+                {
+                    "file": STRING,
+                    "offset": _optional(INTEGER),
+                    "count": _optional(INTEGER),
+                },
+            ),
+            "fleecefs-umount": Command(self._umount, {"force": _optional(BOOLEAN)}),
+        }
+
+    async def answer(self, request: Request) -> Message:
+        """Carry out a request and return the reply, whatever happens."""
+        try:
+            value = await self._execute(request)
+        except Exception as e:
+            return qmp.failure(_as_qmp_error(e, request), request.tag)
+        return qmp.success(value, request.tag)
+
+    async def _execute(self, request: Request) -> object:
+        command = self.table.get(request.name)
+        if command is None:
+            raise QmpError(
+                f"there is no command {request.name!r}", ErrorClass.COMMAND_NOT_FOUND
+            )
+        check_arguments(request.arguments, command.arguments)
+        return await command.handler(**request.arguments)
+
+    async def _query_commands(self) -> list[Message]:
+        return [{"name": name} for name in sorted(self.table)]
+
+    async def _query_version(self) -> Message:
+        return qmp.version(__version__)
+
+    async def _status(self) -> Message:
+        return await trio.to_thread.run_sync(self._lifecycle.status)
+
+    async def _snapshot_create(
+        self, name: str, disks: list[str] | None = None
+    ) -> Message:
+        def create() -> Message:
+            self._inventory.create_snapshot(name, disks)
+            return self._inventory.describe_snapshot(name)
+
+        return await trio.to_thread.run_sync(create)
+
+    async def _snapshot_delete(self, name: str) -> Message:
+        await trio.to_thread.run_sync(self._inventory.delete_snapshot, name)
+        return {}
+
+    async def _snapshot_list(self) -> list[Message]:
+        return await trio.to_thread.run_sync(self._inventory.describe_snapshots)
+
+    async def _snapshot_show(self, name: str) -> Message:
+        return await trio.to_thread.run_sync(self._inventory.describe_snapshot, name)
+
+    async def _map(
+        self, file: str, offset: int = 0, count: int = MAP_COUNT_MAX
+    ) -> Message:
+        if offset < 0:
+            raise QmpError("Parameter 'offset' expects a value of at least 0")
+        if not 1 <= count <= MAP_COUNT_MAX:
+            raise QmpError(
+                f"Parameter 'count' expects a value from 1 to {MAP_COUNT_MAX}"
+            )
+        return await trio.to_thread.run_sync(self._inventory.map, file, offset, count)
+
+    async def _umount(self, force: bool = False) -> Message:
+        await self._lifecycle.umount(force)
+        return {}
+
+
+def check_arguments(arguments: Message, expected: dict[str, Argument]) -> None:
+    """Raise QmpError unless the arguments are what the command takes."""
+    for name in arguments:
+        if name not in expected:
+            raise QmpError(f"Parameter {name!r} is unexpected")
+    for name, argument in expected.items():
+        if name in arguments:
+            _check_argument(name, arguments[name], argument)
+        elif argument.required:
+            raise QmpError(f"Parameter {name!r} is missing")
+
+
+def _check_argument(name: str, value: object, argument: Argument) -> None:
+    if not argument.accepts(value):
+        raise QmpError(
+            f"Invalid parameter type for {name!r}, expected: {argument.expected}"
+        )
+    # JSON can escape half a surrogate pair, which no name or path can hold.
+    strings = value if isinstance(value, list) else [value]
+    for string in strings:
+        if isinstance(string, str) and not _is_text(string):
+            raise QmpError(f"Parameter {name!r} is not valid Unicode")
+
+
+def _is_text(string: str) -> bool:
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _optional(argument: Argument) -> Argument:
+    return argument._replace(required=False)
+
+
+def _as_qmp_error(error: Exception, request: Request) -> QmpError:
+    if isinstance(error, QmpError):
+        return error
+    if isinstance(error, NotFound):
+        return QmpError(str(error), ErrorClass.DEVICE_NOT_FOUND)
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+        return QmpError(f"{error.filename}: {text}" if error.filename else text)
+    log.error("control command %s failed", request.name, exc_info=error)
+    return QmpError("internal error: the daemon's log tells more")

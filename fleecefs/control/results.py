@@ -1,0 +1,105 @@
+"""The shapes of what the commands return, for those who read them.
+
+As on the wire: hyphens in the keys, sizes in bytes, times in seconds since 1970,
+durations in seconds.
+"""
+
+from typing import TypedDict
+
+
+class SnapshotDisk(TypedDict):
+    """One disk of a snapshot."""
+
+    name: str
+    state: str
+    # Why it is broken.
+    reason: str | None
+    size: int
+    # What has been overwritten since, and in which tier it lies.
+    preserved: int
+    ram: int
+    disk: int
+
+
+class Snapshot(TypedDict):
+    """fleecefs-snapshot-create, -show and, in a list, -list."""
+
+    name: str
+    created: float
+    state: str
+    # How long writers were held at the instant.
+    held: float
+    disks: list[SnapshotDisk]
+
+
+Disk = TypedDict(
+    "Disk",
+    {
+        "name": str,
+        "source": str,
+        "size": int,
+        "cluster-size": int,
+        "id": object,
+        "flush-error": str | None,
+        "snapshots": int,
+        "reads": int,
+        "writes": int,
+    },
+)
+
+Policy = TypedDict("Policy", {"on-cbw-error": str, "cbw-timeout": float})
+
+
+class StoreUse(TypedDict):
+    """The disk tiers of all snapshots together."""
+
+    directory: str
+    limit: int | None
+    used: int
+    peak: int
+
+
+class RamUse(TypedDict):
+    """The RAM tiers of all snapshots together."""
+
+    limit: int | None
+    used: int
+    peak: int
+
+
+Status = TypedDict(
+    "Status",
+    {
+        "mount": str,
+        "state": str,
+        "runtime": str,
+        "version": str,
+        "pid": int,
+        "keeper-pid": int | None,
+        "generation": int,
+        "started": float,
+        "policy": Policy,
+        "disks": list[Disk],
+        "snapshots": list[Snapshot],
+        "store": StoreUse,
+        "ram": RamUse,
+    },
+)
+
+
+class MapExtent(TypedDict):
+    """A part of a file whose bytes all lie in one place."""
+
+    start: int
+    length: int
+    # False: reads as zeroes and takes no space.
+    data: bool
+    where: str
+
+
+class Map(TypedDict):
+    """fleecefs-map; `next` is where to go on if there are more extents."""
+
+    size: int
+    extents: list[MapExtent]
+    next: int | None

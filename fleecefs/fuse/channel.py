@@ -1,0 +1,68 @@
+"""The /dev/fuse descriptor, and the relay of requests about names to pyfuse3.
+
+The kernel's requests are split: data requests are answered by our own threads
+(data.py), all others are passed as they are over a socket pair to pyfuse3 (names.py),
+and its answers are passed back.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+
+from fleecefs.fuse import wire
+
+log = logging.getLogger(__name__)
+
+# A request about names fits easily; the default buffer of a socket holds some dozens.
+_SOCKET_BUFFER = 4 << 20
+
+
+class Channel:
+    """One FUSE connection. `names_fd` is the end for pyfuse3: mount `/dev/fd/N`."""
+
+    def __init__(self, fuse_fd: int) -> None:
+        self.fd = fuse_fd
+        self.init: wire.Init | None = None
+        self.initialized = threading.Event()
+        self._ours, self._theirs = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET
+        )
+        for end in self._ours, self._theirs:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        self._theirs.setblocking(False)
+        self.names_fd = self._theirs.fileno()
+        # pyfuse3 wants an INIT of its own; the answer is dropped in relay_answers.
+        self._ours.send(wire.names_init())
+
+    def initialize(self, request: bytearray, unique: int) -> None:
+        """Answer the kernel's INIT."""
+        self.init = wire.answer_init(request)
+        self.send(wire.reply(unique, self.init.reply))
+        self.initialized.set()
+
+    def relay(self, request: memoryview) -> None:
+        """Pass a request about names on to pyfuse3."""
+        self._ours.send(request)
+
+    def relay_answers(self) -> None:
+        """Pass pyfuse3's answers to the kernel, until the channel is closed."""
+        buffer = bytearray(wire.REQUEST_SIZE_MAX)
+        self._ours.recv_into(buffer)
+        while length := self._ours.recv_into(buffer):
+            self.send(memoryview(buffer)[:length])
+
+    def send(self, answer: bytes | memoryview) -> None:
+        """Send an answer; nobody minds if the asker is gone (ENOENT) or all are."""
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                os.write(self.fd, answer)
+            except OSError as e:
+                if e.errno != errno.ENODEV:
+                    raise
+
+    def close_names(self) -> None:
+        """End relay_answers and pyfuse3's side of the channel."""
+        self._ours.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,287 @@
+"""Data requests: threads that read from /dev/fuse, serve, and answer.
+
+The hot path of the whole project. A request is 6 microseconds of the interpreter: READ
+and WRITE come first, with as few steps as possible, everything else after them.
+
+One point turns errors into errnos: `_answer`.
+
+Each thread has a request buffer of its own. Threads that block must not stop the
+others: a monitor starts more while requests wait and the processor has time to spare,
+and lets them end again.
+"""
+
+import errno
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Iterable, Mapping
+
+from fleecefs.block.disk import Disk
+from fleecefs.block.raw import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
+from fleecefs.block.snapshot import Snapshot
+from fleecefs.errors import Abandoned, NoSpace, NotFound, ReadOnly, Unsupported
+from fleecefs.fuse import wire
+from fleecefs.fuse.channel import Channel
+
+log = logging.getLogger(__name__)
+
+# Four threads saturate an interpreter on page-cached storage; more only compete.
+_THREADS_MIN = 4
+# As many requests as the kernel sends asynchronously can wait for storage at a time.
+_THREADS_MAX = 64
+
+# How often the monitor looks, while requests are waiting and while none is.
+_BUSY_TICK = 0.005
+_IDLE_TICK_MAX = 1.0
+
+# How long the end waits for requests that hang in storage.
+_END_SECONDS = 10.0
+
+File = Disk | Snapshot
+
+
+class Worker:
+    """A data thread and its buffer; the request in it starts with its length."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(wire.REQUEST_SIZE_MAX)
+        self.view = memoryview(self.buffer)
+
+    def request(self) -> bytes:
+        length = int.from_bytes(self.view[:4], "little")
+        return bytes(self.view[:length])
+
+
+class DataThreads:
+    """Serve the data requests of a mount until it is unmounted."""
+
+    def __init__(self, channel: Channel, files: Mapping[int, File]) -> None:
+        self._channel = channel
+        self._files = files
+        self._workers: dict[int, Worker] = {}
+        self._threads: set[threading.Thread] = set()
+        self._wanted = _THREADS_MIN
+        self._ended = threading.Event()
+        # Who opened what for writing last: see `opened_by`.
+        self._opened: dict[int, int] = {}
+
+    def run(self) -> None:
+        """Serve until the kernel says that the mount is gone."""
+        for _ in range(_THREADS_MIN):
+            self._start(Worker())
+        self._monitor()
+        deadline = time.monotonic() + _END_SECONDS
+        for thread in list(self._threads):
+            thread.join(max(0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.error("a data thread hangs in storage; ended without it")
+
+    def opened_by(self, pid: int, inode: int) -> bool:
+        """Tell, once, whether a process has just opened a file for writing.
+
+        The kernel makes open(O_TRUNC) an OPEN followed by a SETATTR of size 0, which
+        looks like truncate(2) but for the OPEN before it.
+        """
+        return self._opened.pop(pid, None) == inode
+
+    # -- the threads
+
+    def _start(self, worker: Worker, *, has_request: bool = False) -> None:
+        thread = threading.Thread(
+            target=self._serve, args=(worker, has_request), name="data", daemon=True
+        )
+        self._threads.add(thread)
+        thread.start()
+
+    def _serve(self, worker: Worker, has_request: bool) -> None:
+        thread = threading.current_thread()
+        ident = threading.get_ident()
+        self._workers[ident] = worker
+        try:
+            if has_request:
+                self._answer(worker)
+            self._serve_requests(worker)
+        except Abandoned:
+            # The monitor gave the request in this buffer to another thread.
+            pass
+        finally:
+            self._workers.pop(ident, None)
+            self._threads.discard(thread)
+
+    def _serve_requests(self, worker: Worker) -> None:
+        fd, vector = self._channel.fd, [worker.buffer]
+        readv, answer = os.readv, self._answer
+        while len(self._workers) <= self._wanted:
+            try:
+                readv(fd, vector)
+            except OSError as e:
+                if e.errno == errno.ENODEV:
+                    self._ended.set()
+                    return
+                # ENOENT: the request was interrupted before we got it.
+                continue
+            answer(worker)
+
+    def _answer(self, worker: Worker) -> None:
+        """Serve the request in a worker's buffer and answer it."""
+        opcode, unique, fh, offset, size, flags = wire.HOT_REQUEST.unpack_from(
+            worker.buffer
+        )
+        try:
+            if opcode == wire.READ:
+                data = self._files[fh].read(size, offset)
+                header = wire.OUT_HEADER.pack(16 + len(data), 0, unique)
+                os.writev(self._channel.fd, (header, data))
+            elif opcode == wire.WRITE:
+                written = self._files[fh].write(
+                    worker.view[80 : 80 + size], offset, flags & wire.DURABLE != 0
+                )
+                os.write(
+                    self._channel.fd, wire.WRITE_REPLY.pack(24, 0, unique, written, 0)
+                )
+            else:
+                self._answer_other(opcode, unique, worker)
+        except OSError as e:
+            self._channel.send(wire.error_reply(unique, e.errno or errno.EIO))
+        except KeyError:
+            # The file of a snapshot that has been deleted.
+            self._channel.send(wire.error_reply(unique, errno.EIO))
+        except Exception:
+            log.exception("a request with opcode %d failed", opcode)
+            self._channel.send(wire.error_reply(unique, errno.EIO))
+
+    def _answer_other(self, opcode: int, unique: int, worker: Worker) -> None:
+        serve = self._SERVES.get(opcode)
+        if serve is not None:
+            self._channel.send(wire.reply(unique, serve(self, worker.buffer)))
+        elif opcode in self._SILENT:
+            return
+        elif opcode == wire.INIT:
+            self._channel.initialize(worker.buffer, unique)
+        else:
+            length = int.from_bytes(worker.view[:4], "little")
+            self._channel.relay(worker.view[:length])
+
+    # INTERRUPT needs no answer: what runs is soon done. FORGET has none: inodes live as
+    # long as what they stand for.
+    _SILENT = frozenset((wire.INTERRUPT, wire.FORGET, wire.BATCH_FORGET))
+
+    # -- one method a request; each returns the payload of the answer
+
+    def _open(self, buffer: bytearray) -> bytes:
+        _, _, _, inode, _, _, pid, _, _ = wire.IN_HEADER.unpack_from(buffer)
+        (flags,) = wire.OPEN_IN.unpack_from(buffer, 40)
+        file = self._files.get(inode)
+        if file is None:
+            raise NotFound("the file is gone")
+        if flags & (os.O_ACCMODE | os.O_TRUNC):
+            if not isinstance(file, Disk):
+                raise ReadOnly("a snapshot is read-only")
+            if len(self._opened) > 1000:
+                self._opened.clear()
+            self._opened[pid] = inode
+        # A handle is the inode number, so that a restarted daemon can serve it.
+        # Direct I/O: what is read is never stale, and a broken snapshot is seen at
+        # once; it is also the fastest for large reads.
+        return wire.OPEN_OUT.pack(
+            inode, wire.FOPEN_DIRECT_IO | wire.FOPEN_PARALLEL_DIRECT_WRITES, 0
+        )
+
+    def _nothing(self, buffer: bytearray) -> bytes:
+        return b""
+
+    def _fsync(self, buffer: bytearray) -> bytes:
+        (fh,) = wire.FSYNC_IN.unpack_from(buffer, 40)
+        self._files[fh].flush()
+        return b""
+
+    def _fallocate(self, buffer: bytearray) -> bytes:
+        fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(buffer, 40)
+        disk = self._files[fh]
+        if not isinstance(disk, Disk):
+            raise ReadOnly("a snapshot is read-only")
+        if mode == PUNCH_HOLE | KEEP_SIZE:
+            disk.discard(length, offset)
+        elif mode == ZERO_RANGE | KEEP_SIZE:
+            disk.zero(min(length, max(0, disk.size - offset)), offset)
+        elif mode == ZERO_RANGE:
+            if offset + length > disk.size:
+                raise NoSpace("a disk does not grow")
+            disk.zero(length, offset)
+        else:
+            raise Unsupported(f"fallocate mode {mode:#x}")
+        return b""
+
+    def _lseek(self, buffer: bytearray) -> bytes:
+        fh, offset, whence = wire.LSEEK_IN.unpack_from(buffer, 40)
+        file = self._files[fh]
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, "not a search for data or holes")
+        find = file.find_data if whence == os.SEEK_DATA else file.find_hole
+        found = find(offset) if offset < file.size else file.size
+        if offset >= file.size or (whence == os.SEEK_DATA and found == file.size):
+            raise OSError(errno.ENXIO, "nothing there")
+        return wire.LSEEK_OUT.pack(found)
+
+    def _copy_file_range(self, buffer: bytearray) -> bytes:
+        # The kernel copies by reading and writing, and does not ask again.
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    _SERVES = {  # noqa: RUF012
+        wire.OPEN: _open,
+        wire.RELEASE: _nothing,
+        wire.FLUSH: _nothing,
+        wire.DESTROY: _nothing,
+        wire.FSYNC: _fsync,
+        wire.FALLOCATE: _fallocate,
+        wire.LSEEK: _lseek,
+        wire.COPY_FILE_RANGE: _copy_file_range,
+        wire.COPY_FILE_RANGE_64: _copy_file_range,
+    }
+
+    # -- the monitor
+
+    def _monitor(self) -> None:
+        """Keep enough threads running, and relieve those whose copy hangs."""
+        poller = select.poll()
+        poller.register(self._channel.fd, select.POLLIN)
+        spent = time.process_time()
+        while not self._ended.is_set():
+            tick = min(
+                [_IDLE_TICK_MAX, *(d.history.timeout / 4 for d in self._disks())]
+            )
+            if poller.poll(tick * 1000):
+                self._ended.wait(_BUSY_TICK)
+                has_time = time.process_time() - spent < _BUSY_TICK
+                if has_time and poller.poll(0):
+                    self._add_thread()
+            else:
+                self._wanted = max(_THREADS_MIN, self._wanted - 1)
+            spent = time.process_time()
+            self._relieve()
+
+    def _disks(self) -> Iterable[Disk]:
+        return [file for file in self._files.values() if isinstance(file, Disk)]
+
+    def _add_thread(self) -> None:
+        if len(self._threads) < _THREADS_MAX:
+            self._wanted = len(self._workers) + 1
+            self._start(Worker())
+
+    def _relieve(self) -> None:
+        """Serve the requests of threads whose copy is over its time elsewhere."""
+        now = time.monotonic()
+        for disk in self._disks():
+            for ident, error in disk.history.expire(now).items():
+                worker = Worker()
+                # Taken out: a thread that hangs does not count as one that serves.
+                request = self._workers.pop(ident).request()
+                worker.view[: len(request)] = request
+                if error is None:
+                    self._start(worker, has_request=True)
+                else:
+                    unique = wire.HOT_REQUEST.unpack_from(request)[1]
+                    code = error.errno or errno.EIO
+                    self._channel.send(wire.error_reply(unique, code))

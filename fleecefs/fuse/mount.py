@@ -1,0 +1,172 @@
+"""Mounting and unmounting, through fusermount3: one way for root and for users.
+
+Standard library only: the keeper does it.
+"""
+
+import array
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+from fleecefs.errors import Busy, NotFound, NotUsable, Refused
+
+TYPE = "fuse.fleecefs"
+
+
+def check_mountpoint(mountpoint: str) -> None:
+    """Raise an error that says what is wrong with a mount point."""
+    if mountpoint in mounts():
+        raise Busy(f"mount point {mountpoint}: fleecefs is already mounted there")
+    path = Path(mountpoint)
+    try:
+        is_empty = not any(path.iterdir())
+    except FileNotFoundError:
+        raise NotFound(f"mount point {path}: no such directory; make it") from None
+    except NotADirectoryError:
+        raise NotUsable(f"mount point {path}: not a directory") from None
+    except OSError as e:
+        raise NotUsable(f"mount point {path}: {e.strerror}") from None
+    if not is_empty:
+        raise NotUsable(f"mount point {path}: not empty; use an empty directory")
+
+
+def mounts() -> list[str]:
+    """Return the mount points of all fleecefs mounts, in the order they were made."""
+    found = []
+    for line in (
+        Path("/proc/self/mounts").read_text(errors="surrogateescape").split("\n")
+    ):
+        fields = line.split(" ")
+        if len(fields) > 2 and fields[2] == TYPE:
+            found.append(_unescape(fields[1]))
+    return found
+
+
+def mount(mountpoint: str, *, allow_other: bool) -> int:
+    """Let fusermount3 mount, and return the /dev/fuse descriptor it hands over."""
+    options = ["fsname=fleecefs", "subtype=fleecefs", "default_permissions"]
+    if allow_other:
+        options.append("allow_other")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        done = subprocess.run(
+            [_fusermount(), "-o", ",".join(options), "--", mountpoint],
+            env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        if done.returncode:
+            raise Refused(f"can not mount on {mountpoint}: {_complaint(done.stderr)}")
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
+    fds = array.array("i")
+    fds.frombytes(ancillary[0][2][:4])
+    os.set_inheritable(fds[0], False)
+    return fds[0]
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount; Busy if somebody uses it, naming whom. Fine if it is unmounted."""
+    if mountpoint not in mounts():
+        return
+    done = subprocess.run(
+        [_fusermount(), "-u", *(["-z"] if lazy else []), "--", mountpoint],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    if done.returncode and mountpoint in mounts():
+        found = users(mountpoint)
+        if found:
+            raise Busy(
+                f"{mountpoint} is in use by {', '.join(found)}; "
+                "end that, or use --force"
+            )
+        raise Busy(f"can not unmount {mountpoint}: {_complaint(done.stderr)}")
+
+
+def abort(mountpoint: str) -> None:
+    """Cut the connection of a mount: whoever still uses it gets ENOTCONN.
+
+    Call before a lazy unmount hides where it is.
+    """
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        if _unescape(fields[4]) == mountpoint and f" {TYPE} " in line:
+            number = fields[2].split(":")[1]
+            control = Path("/sys/fs/fuse/connections", number, "abort")
+            try:
+                control.write_text("1")
+            except OSError as e:
+                raise Refused(
+                    f"can not abort {mountpoint}: {control}: {e.strerror}; "
+                    "is fusectl mounted there?"
+                ) from None
+
+
+def users(mountpoint: str) -> list[str]:
+    """Return who has files of a mount open: `qemu (pid 123)`, `/dev/loop0`.
+
+    Looks at names in /proc and /sys only, so it can not hang on the mount.
+    """
+    found = []
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda p: int(p.name)):
+        try:
+            if _uses(process, mountpoint):
+                name = (process / "comm").read_text().strip()
+                found.append(f"{name} (pid {process.name})")
+        except OSError:
+            continue  # not ours to look at, or ended just now
+    for backing in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        try:
+            if _is_inside(backing.read_text().rstrip("\n"), mountpoint):
+                found.append(f"/dev/{backing.parts[3]}")
+        except OSError:
+            continue  # detached just now
+    for line in (
+        Path("/proc/self/mounts").read_text(errors="surrogateescape").split("\n")
+    ):
+        where = _unescape(line.split(" ")[1]) if " " in line else ""
+        if where != mountpoint and _is_inside(where, mountpoint):
+            found.append(f"the mount on {where}")
+    return found
+
+
+def _uses(process: Path, mountpoint: str) -> bool:
+    links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+    for link in links:
+        try:
+            if _is_inside(os.readlink(link), mountpoint):
+                return True
+        except OSError:
+            continue  # closed just now
+    maps = (process / "maps").read_text(errors="surrogateescape")
+    return any(
+        _is_inside(line.split(maxsplit=5)[5], mountpoint)
+        for line in maps.splitlines()
+        if mountpoint in line
+    )
+
+
+def _is_inside(path: str, mountpoint: str) -> bool:
+    return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
+
+
+def _unescape(field: str) -> str:
+    """Undo the octal escapes of /proc/mounts."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def _fusermount() -> str:
+    path = shutil.which("fusermount3")
+    if path is None:
+        raise NotFound("fusermount3 is missing: install the package fuse3")
+    return path
+
+
+def _complaint(stderr: bytes) -> str:
+    """Return what fusermount3 said, without its own name."""
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("fusermount3: ") if lines else "no reason given"

@@ -1,0 +1,696 @@
+"""What one mount holds: its disks and their snapshots, kept in the state directory.
+
+Both ways to a snapshot come here: mkdir on the mount and the control socket. What is
+said to exist has been saved before: state.json is written ahead of every step that a
+crash must not make untrue (state/directory.py).
+
+`_control` serialises everything that changes the inventory. It is held across I/O, but
+never by a data thread.
+"""
+
+import logging
+import os
+import queue
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from uuid import UUID, uuid4
+
+from fleecefs.block.disk import (
+    CLUSTER_SIZE_MAX,
+    CLUSTER_SIZE_MIN,
+    Disk,
+    default_cluster_size,
+    freeze,
+)
+from fleecefs.block.epoch import Epoch, History, OnCbwError
+from fleecefs.block.extent import Mapped
+from fleecefs.block.raw import RawImage
+from fleecefs.block.requests import Requests
+from fleecefs.block.snapshot import Snapshot
+from fleecefs.block.store import Budget
+from fleecefs.errors import NameTaken, NoSpace, NotFound, NotUsable
+from fleecefs.state import runtime
+from fleecefs.state.directory import (
+    DiskRecord,
+    EpochRecord,
+    SnapshotFileRecord,
+    SnapshotRecord,
+    State,
+    StateDirectory,
+    check_name,
+    new_state,
+)
+from fleecefs.state.epochs import Budgets, EpochFiles, gone
+from fleecefs.units import MiB, format_size
+
+log = logging.getLogger(__name__)
+
+SNAPSHOTS_INODE = 2
+
+# Named snapshots live for hours: the RAM tier takes the first burst of a busy guest.
+RAM_LIMIT = 128 * MiB
+
+_CHANGED = "the source was changed while it was not mounted"
+_HOST_CRASHED = "the host went down without unmounting"
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a mount treats its snapshots; what `fleecefs mount` was told."""
+
+    store: Path | None = None
+    store_limit: int | None = None
+    ram_limit: int = RAM_LIMIT
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    cbw_timeout: float = 10.0
+    cluster_size: int | None = None
+
+
+class SnapshotGroup:
+    """A snapshot as people see it: one instant of some disks."""
+
+    def __init__(self, record: SnapshotRecord, snapshots: dict[str, Snapshot]) -> None:
+        self.record = record
+        self.name = record.name
+        self.inode = record.inode
+        self.created_ns = record.created_ns
+        self.snapshots = snapshots
+        self.inodes = {file.disk: file.inode for file in record.files}
+
+    @property
+    def state(self) -> str:
+        is_good = all(s.lost is None for s in self.snapshots.values())
+        return "good" if is_good else "broken"
+
+
+class Inventory:
+    """The disks and snapshots of one mount. Blocking and thread-safe."""
+
+    def __init__(
+        self,
+        directory: StateDirectory,
+        state: State,
+        options: Options,
+        emit: Emit,
+    ) -> None:
+        self.options = options
+        self.state_path = directory.path
+        self.runtime_path = runtime.mount_directory(UUID(state.id))
+        self.store_path = options.store or directory.path
+        self.budgets = Budgets(
+            Budget(options.ram_limit, "ram"), Budget(options.store_limit, "disk")
+        )
+        self.disks: dict[str, Disk] = {}
+        self.inodes: dict[str, int] = {}
+        self.snapshots: dict[str, SnapshotGroup] = {}
+        # What the data threads serve, by inode number.
+        self.files: dict[int, Disk | Snapshot] = {}
+        self.changed_ns = time.time_ns()
+        self._directory = directory
+        self._state = state
+        self._emit = emit
+        self._control = threading.Lock()
+        self._sources: dict[UUID, RawImage] = {}
+        self._epoch_files: dict[Epoch, EpochFiles] = {}
+        # Snapshots that broke under a guest's write; None ends the thread.
+        self._broken: queue.SimpleQueue[tuple[Disk, Epoch, str] | None]
+        self._broken = queue.SimpleQueue()
+        self._recorder = threading.Thread(target=self._record_broken, name="recorder")
+
+    # -- begin and end
+
+    @classmethod
+    def open(
+        cls,
+        state_path: Path,
+        sources: dict[str, Path],
+        options: Options,
+        emit: Emit = lambda name, data: None,
+    ) -> Self:
+        """Lock and load everything; an error names what can not be used."""
+        for name in sources:
+            check_name(name, "disk")
+            if name == "snapshots":
+                raise NotUsable("a disk can not be called 'snapshots': use NAME=SOURCE")
+        _check_cluster_size(options.cluster_size)
+        if options.store is not None and not options.store.is_dir():
+            raise NotUsable(f"store {options.store}: no such directory; make it")
+        directory = StateDirectory.open(state_path)
+        state = directory.load() or new_state(runtime.boot_id())
+        self = cls(directory, state, options, emit)
+        try:
+            self._load(sources)
+        except BaseException:
+            self._close_files()
+            raise
+        self._recorder.start()
+        return self
+
+    def _load(self, sources: dict[str, Path]) -> None:
+        state = self._state
+        is_same_boot = state.boot_id == runtime.boot_id()
+        self._forget_disks(set(sources))
+        for name, path in sources.items():
+            self._add_disk(name, path)
+        state.snapshots = [entry for entry in state.snapshots if entry.is_created]
+        for record in state.disks:
+            self._load_epochs(record, is_same_boot)
+        for snapshot in state.snapshots:
+            self._add_group(snapshot)
+        state.is_clean = False
+        state.boot_id = runtime.boot_id()
+        self._save()
+        for disk in self.disks.values():
+            self._collect(disk)
+
+    def _forget_disks(self, names: set[str]) -> None:
+        """Drop disks of the state that are not mounted now, if nothing is lost."""
+        for record in list(self._state.disks):
+            if record.name in names:
+                continue
+            users = [
+                snapshot.name
+                for snapshot in self._state.snapshots
+                if any(file.disk == record.name for file in snapshot.files)
+            ]
+            if users:
+                raise NotUsable(
+                    f"state {self.state_path}: snapshot {users[0]!r} needs disk "
+                    f"{record.name!r}: add --disk {record.name}={record.source}, "
+                    "or give another --state directory"
+                )
+            self._state.disks.remove(record)
+
+    def _add_disk(self, name: str, path: Path) -> None:
+        source = RawImage.open_source(path)
+        record = self._disk_record(name)
+        if record is None:
+            record = self._new_record(name, path, source)
+        self._sources[UUID(record.id)] = source
+        status = source.status()
+        if self._is_changed(record, source):
+            self._lose_all(name, _CHANGED)
+        if record.size != source.size:
+            record.epochs.clear()
+            record.size = source.size
+        wanted = self.options.cluster_size
+        if wanted is not None and wanted != record.cluster_size:
+            if record.epochs:
+                raise NotUsable(
+                    f"disk {name!r} has snapshots with a cluster size of "
+                    f"{format_size(record.cluster_size)}: delete them, or mount "
+                    "without --cluster-size"
+                )
+            record.cluster_size = wanted
+        elif not record.epochs and wanted is None:
+            record.cluster_size = default_cluster_size(source.size)
+        record.source = str(path)
+        record.source_inode = status.st_ino
+        history = History(
+            source,
+            Requests(),
+            record.cluster_size,
+            timeout=self.options.cbw_timeout,
+            broke=lambda epoch, reason: self._broken.put((disk, epoch, reason)),
+        )
+        disk = Disk(name, UUID(record.id), source, history)
+        self.disks[name] = disk
+        self.inodes[name] = record.inode
+        self.files[record.inode] = disk
+
+    def _is_changed(self, record: DiskRecord, source: RawImage) -> bool:
+        """Tell whether a source is not what it was when it was last served.
+
+        A device node has another inode and other times after a boot: then only the
+        size is compared. After an unclean end the times are those of our own writes.
+        """
+        status = source.status()
+        if record.size != source.size:
+            return True
+        if stat.S_ISBLK(status.st_mode) and self._state.boot_id != runtime.boot_id():
+            return False
+        if record.source_inode != status.st_ino:
+            return True
+        is_same_time = record.source_mtime_ns == status.st_mtime_ns
+        return self._state.is_clean and not is_same_time
+
+    def _disk_record(self, name: str) -> DiskRecord | None:
+        return next((disk for disk in self._state.disks if disk.name == name), None)
+
+    def _new_record(self, name: str, path: Path, source: RawImage) -> DiskRecord:
+        status = source.status()
+        record = DiskRecord(
+            name=name,
+            id=str(uuid4()),
+            inode=self._state.new_inode(),
+            source=str(path),
+            size=source.size,
+            cluster_size=default_cluster_size(source.size),
+            source_inode=status.st_ino,
+            source_mtime_ns=status.st_mtime_ns,
+        )
+        self._state.disks.append(record)
+        return record
+
+    def _lose_all(self, disk: str, reason: str) -> None:
+        for file in self._file_records(disk):
+            file.lost = file.lost or reason
+
+    def _file_records(self, disk: str) -> Iterable[SnapshotFileRecord]:
+        for snapshot in self._state.snapshots:
+            for file in snapshot.files:
+                if file.disk == disk:
+                    yield file
+
+    def _load_epochs(self, record: DiskRecord, is_same_boot: bool) -> None:
+        """Open the epochs of a disk, and retire again what a crash left unretired.
+
+        A snapshot reads its own epoch and all later ones: where one can not be opened,
+        it and all older ones are lost.
+        """
+        reason = None
+        if not self._state.is_clean and not is_same_boot:
+            reason = _HOST_CRASHED
+        snapshots = {file.epoch: file for file in self._file_records(record.name)}
+        epochs: list[Epoch] = []
+        for entry in reversed(record.epochs):
+            files = self._files_of(record, entry)
+            file = snapshots.get(entry.number)
+            policy = (
+                OnCbwError(file.on_cbw_error) if file else self.options.on_cbw_error
+            )
+            if reason is None:
+                try:
+                    epoch = files.load(policy, is_clean=self._state.is_clean)
+                except OSError as e:
+                    reason = str(e)
+                    log.error("disk %s: %s", record.name, reason)
+            if reason is not None:
+                # It keeps its place until it is retired with its snapshot.
+                epoch = gone(entry.number, reason, files.remove)
+            if file is None:
+                epoch.lost = epoch.lost or "deleted"
+            else:
+                epoch.lost = file.lost = file.lost or epoch.lost
+            self._epoch_files[epoch] = files
+            epochs.insert(0, epoch)
+        self.disks[record.name].history.load(epochs)
+
+    def _files_of(self, record: DiskRecord, entry: EpochRecord) -> EpochFiles:
+        place = Path("disks", record.name, "epochs", f"{entry.number:04}")
+        return EpochFiles(
+            disk_id=UUID(record.id),
+            number=entry.number,
+            size=record.size,
+            cluster_size=record.cluster_size,
+            runtime=self.runtime_path / place,
+            state=self.state_path / place,
+            store=Path(entry.store),
+            budgets=self.budgets,
+        )
+
+    def close(self) -> None:
+        """Save everything; nobody reads or writes any more."""
+        self._broken.put(None)
+        self._recorder.join()
+        with self._control:
+            for epoch, files in list(self._epoch_files.items()):
+                try:
+                    files.save(epoch)
+                except OSError as e:
+                    self._lose_at_end(epoch, str(e))
+            for record in self._state.disks:
+                disk = self.disks[record.name]
+                try:
+                    disk.flush()
+                except OSError as e:
+                    log.error("disk %s: %s", record.name, e.strerror)
+                # All of it, times too: they tell whether it changes from now on.
+                os.fsync(self._sources[disk.id].fd)
+                status = self._sources[disk.id].status()
+                record.source_inode = status.st_ino
+                record.source_mtime_ns = status.st_mtime_ns
+            self._state.is_clean = True
+            self._save()
+            runtime.remove(self.runtime_path)
+            self._close_files()
+
+    def _lose_at_end(self, epoch: Epoch, reason: str) -> None:
+        for disk in self.disks.values():
+            if epoch in disk.history.epochs:
+                # Older snapshots read from this epoch too.
+                for other in disk.history.epochs:
+                    if other.number <= epoch.number and other.lost is None:
+                        other.lose(f"could not be saved: {reason}")
+                self._note_lost(disk)
+                log.error("disk %s: a snapshot is lost: %s", disk.name, reason)
+
+    def _close_files(self) -> None:
+        for source in self._sources.values():
+            source.close()
+        self._directory.close()
+
+    def _save(self) -> None:
+        for record in self._state.disks:
+            live = {epoch.number for epoch in self.disks[record.name].history.epochs}
+            record.epochs = [e for e in record.epochs if e.number in live]
+        self._directory.save(self._state)
+
+    # -- snapshots
+
+    def create_snapshot(
+        self, name: str, disks: Sequence[str] | None = None
+    ) -> SnapshotGroup:
+        """Freeze all or some disks at one instant, under a new name.
+
+        Raises BadName, NameTaken, NotFound for a disk, OSError if there is no room.
+        """
+        check_name(name, "snapshot")
+        with self._control:
+            if name in self.snapshots:
+                raise NameTaken(f"snapshot {name!r} exists")
+            chosen = self._choose(disks)
+            record = SnapshotRecord(name, self._state.new_inode(), 0, 0, [])
+            epochs = []
+            try:
+                for disk in chosen:
+                    epochs.append(self._prepare_epoch(disk, record))
+                self._state.snapshots.append(record)
+                # Ahead of the instant: what is overwritten afterwards may be kept in
+                # these epochs only, also for older snapshots.
+                self._directory.save(self._state)
+                begin = time.monotonic_ns()
+                freeze(chosen, epochs)
+            except BaseException:
+                self._undo_create(chosen, epochs, record)
+                raise
+            record.held_ns = time.monotonic_ns() - begin
+            record.created_ns = time.time_ns()
+            record.is_created = True
+            self._save()
+            group = self._add_group(record)
+        self._emit(
+            "FLEECEFS_SNAPSHOT_CREATED",
+            {
+                "name": name,
+                "disks": [disk.name for disk in chosen],
+                "created": record.created_ns / 1e9,
+                "held": record.held_ns / 1e9,
+            },
+        )
+        log.info(
+            "snapshot %s of %d disks created, writers held for %.1f ms",
+            name,
+            len(chosen),
+            record.held_ns / 1e6,
+        )
+        return group
+
+    def _choose(self, names: Sequence[str] | None) -> list[Disk]:
+        if names is None:
+            return list(self.disks.values())
+        for name in names:
+            if name not in self.disks:
+                raise NotFound(
+                    f"no disk {name!r}; there are {', '.join(sorted(self.disks))}"
+                )
+        if not names:
+            raise NotUsable("a snapshot of no disk")
+        return [self.disks[name] for name in dict.fromkeys(names)]
+
+    def _prepare_epoch(self, disk: Disk, snapshot: SnapshotRecord) -> Epoch:
+        record = self._disk_record(disk.name)
+        assert record is not None
+        place = Path("disks", disk.name, "epochs", f"{record.next_epoch:04}")
+        base = self.options.store and self.options.store / self._state.id
+        entry = EpochRecord(record.next_epoch, str((base or self.state_path) / place))
+        record.next_epoch += 1
+        files = self._files_of(record, entry)
+        try:
+            epoch = files.create(self.options.on_cbw_error)
+        except OSError as e:
+            files.remove()
+            raise OSError(e.errno, f"no new snapshot: {e.strerror}") from None
+        record.epochs.append(entry)
+        self._epoch_files[epoch] = files
+        snapshot.files.append(
+            SnapshotFileRecord(
+                disk.name,
+                self._state.new_inode(),
+                entry.number,
+                disk.allocated(),
+                epoch.on_cbw_error.value,
+            )
+        )
+        return epoch
+
+    def _undo_create(
+        self, disks: list[Disk], epochs: list[Epoch], record: SnapshotRecord
+    ) -> None:
+        if record in self._state.snapshots:
+            self._state.snapshots.remove(record)
+        for disk, epoch in zip(disks, epochs, strict=False):
+            if epoch in disk.history.epochs:
+                disk.history.retire(epoch, "never created")
+                self._collect(disk)
+            else:
+                epoch.drop()
+                del self._epoch_files[epoch]
+        self._save()
+
+    def _add_group(self, record: SnapshotRecord) -> SnapshotGroup:
+        snapshots = {}
+        for file in record.files:
+            disk = self.disks[file.disk]
+            epoch = next(
+                (e for e in disk.history.epochs if e.number == file.epoch), None
+            )
+            if epoch is None:
+                epoch = _nothing_left(file)
+            file.lost = file.lost or epoch.lost
+            snapshots[file.disk] = Snapshot(
+                disk.id,
+                disk.history,
+                epoch,
+                size=disk.size,
+                created_ns=record.created_ns,
+                allocated=file.allocated,
+            )
+            self.files[file.inode] = snapshots[file.disk]
+        group = SnapshotGroup(record, snapshots)
+        self.snapshots[record.name] = group
+        self.changed_ns = time.time_ns()
+        return group
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot; whoever still reads it gets EIO. NotFound if none."""
+        with self._control:
+            group = self.snapshots.get(name)
+            if group is None:
+                raise NotFound(f"no snapshot {name!r}")
+            # Out of the state before any of its data goes.
+            self._state.snapshots.remove(group.record)
+            try:
+                self._directory.save(self._state)
+            except OSError:
+                self._state.snapshots.append(group.record)
+                raise
+            del self.snapshots[name]
+            for file in group.record.files:
+                del self.files[file.inode]
+                disk = self.disks[file.disk]
+                epoch = group.snapshots[file.disk].epoch
+                disk.history.retire(epoch, "the snapshot has been deleted")
+                self._collect(disk)
+            self._save()
+            self.changed_ns = time.time_ns()
+        self._emit("FLEECEFS_SNAPSHOT_DELETED", {"name": name})
+        log.info("snapshot %s deleted", name)
+
+    def _collect(self, disk: Disk) -> None:
+        disk.history.collect()
+        for epoch in list(self._epoch_files):
+            if not any(epoch in d.history.epochs for d in self.disks.values()):
+                del self._epoch_files[epoch]
+
+    def _record_broken(self) -> None:
+        """Record snapshots that broke and free what they held, as they break."""
+        while (item := self._broken.get()) is not None:
+            disk, epoch, reason = item
+            with self._control:
+                name = self._note_lost(disk, epoch)
+                try:
+                    self._save()
+                except OSError as e:
+                    # Not lost: the live bits say it too, until the next save.
+                    log.error("state %s: %s", self.state_path, e.strerror)
+                self._collect(disk)
+            if name is not None:
+                log.error("snapshot %s of %s is broken: %s", name, disk.name, reason)
+                self._emit(
+                    "FLEECEFS_SNAPSHOT_BROKEN",
+                    {"name": name, "disk": disk.name, "reason": reason},
+                )
+
+    def _note_lost(self, disk: Disk, epoch: Epoch | None = None) -> str | None:
+        """Copy brokenness into the records; return the snapshot of an epoch."""
+        found = None
+        for group in self.snapshots.values():
+            snapshot = group.snapshots.get(disk.name)
+            if snapshot is None:
+                continue
+            for file in group.record.files:
+                if file.disk == disk.name:
+                    file.lost = snapshot.lost
+            if snapshot.epoch is epoch:
+                found = group.name
+        return found
+
+    def check_end(self) -> None:
+        """Raise NoSpace if ending now would lose a snapshot for want of space.
+
+        What is in the RAM tier moves to the disk tier at a clean end.
+        """
+        needed = self.budgets.ram.used
+        found = os.statvfs(self.store_path)
+        free = found.f_bavail * found.f_frsize
+        limit, used = self.budgets.disk.limit, self.budgets.disk.used
+        if limit is not None:
+            free = min(free, limit - used)
+        if needed > free:
+            raise NoSpace(
+                f"the store {self.store_path} has {format_size(max(0, free))} left, "
+                f"and {format_size(needed)} of snapshots are in RAM: make room, delete "
+                "a snapshot, or use --force and lose them"
+            )
+
+    # -- what people and programs want to know
+
+    def sorted_snapshots(self) -> list[SnapshotGroup]:
+        return sorted(self.snapshots.values(), key=lambda group: group.created_ns)
+
+    def source_status(self, disk: Disk) -> os.stat_result:
+        return self._sources[disk.id].status()
+
+    def source_status_by_id(self, disk_id: UUID) -> os.stat_result:
+        return self._sources[disk_id].status()
+
+    def disk_by_id(self, disk_id: UUID) -> Disk:
+        return next(disk for disk in self.disks.values() if disk.id == disk_id)
+
+    def describe_disks(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": disk.name,
+                "source": self._record_of(disk).source,
+                "size": disk.size,
+                "cluster-size": disk.cluster_size,
+                "id": str(disk.id),
+                "flush-error": disk.flush_error,
+                "snapshots": sum(
+                    disk.name in group.snapshots for group in self.snapshots.values()
+                ),
+                "reads": disk.reads,
+                "writes": disk.writes,
+            }
+            for disk in list(self.disks.values())
+        ]
+
+    def _record_of(self, disk: Disk) -> DiskRecord:
+        record = self._disk_record(disk.name)
+        assert record is not None
+        return record
+
+    def describe_snapshots(self) -> list[dict[str, Any]]:
+        return [self._describe(group) for group in self.sorted_snapshots()]
+
+    def describe_snapshot(self, name: str) -> dict[str, Any]:
+        group = self.snapshots.get(name)
+        if group is None:
+            raise NotFound(f"no snapshot {name!r}")
+        return self._describe(group)
+
+    def _describe(self, group: SnapshotGroup) -> dict[str, Any]:
+        return {
+            "name": group.name,
+            "created": group.created_ns / 1e9,
+            "state": group.state,
+            "held": group.record.held_ns / 1e9,
+            "disks": [
+                _describe_file(name, snapshot)
+                for name, snapshot in sorted(group.snapshots.items())
+            ],
+        }
+
+    def map(self, path: str, offset: int = 0, count: int = 10000) -> dict[str, Any]:
+        """Return up to `count` extents of a file, named as on the mount."""
+        file = self._find(path)
+        extents: list[Mapped] = []
+        end = offset
+        for mapped in file.map(offset, file.size):
+            if extents and extents[-1].where == mapped.where:
+                last = extents.pop()
+                mapped = Mapped(last.offset, last.length + mapped.length, last.where)
+            elif len(extents) == count:
+                break
+            extents.append(mapped)
+            end = mapped.end
+        return {
+            "size": file.size,
+            "extents": [
+                {
+                    "start": mapped.offset,
+                    "length": mapped.length,
+                    "data": mapped.is_data,
+                    "where": mapped.where,
+                }
+                for mapped in extents
+            ],
+            "next": end if end < file.size else None,
+        }
+
+    def _find(self, path: str) -> Disk | Snapshot:
+        match path.strip("/").split("/"):
+            case [name] if name in self.disks:
+                return self.disks[name]
+            case ["snapshots", group, name] if group in self.snapshots:
+                if name in self.snapshots[group].snapshots:
+                    return self.snapshots[group].snapshots[name]
+        raise NotFound(f"no disk or snapshot file {path!r}")
+
+
+def _check_cluster_size(size: int | None) -> None:
+    if size is None:
+        return
+    if size & (size - 1) or not CLUSTER_SIZE_MIN <= size <= CLUSTER_SIZE_MAX:
+        raise NotUsable(
+            f"cluster size {format_size(size)}: has to be a power of two from "
+            f"{format_size(CLUSTER_SIZE_MIN)} to {format_size(CLUSTER_SIZE_MAX)}"
+        )
+
+
+def _nothing_left(file: SnapshotFileRecord) -> Epoch:
+    """Return a stand-in for the epoch of a broken snapshot, which is gone."""
+    return gone(file.epoch, file.lost or "its epoch is missing")
+
+
+def _describe_file(name: str, snapshot: Snapshot) -> dict[str, Any]:
+    epoch = snapshot.epoch
+    used = {"ram": 0, "disk": 0, **epoch.store.used()} if epoch.lost is None else {}
+    preserved = 0 if epoch.lost is not None else epoch.preserved.count()
+    return {
+        "name": name,
+        "state": "good" if snapshot.lost is None else "broken",
+        "reason": snapshot.lost,
+        "size": snapshot.size,
+        "preserved": preserved * snapshot.cluster_size,
+        "ram": used.get("ram", 0),
+        "disk": used.get("disk", 0),
+    }

@@ -1,0 +1,205 @@
+"""The state directory: what a mount consists of, in state.json.
+
+One JSON document, replaced as a whole and made durable before what it says is true
+elsewhere: an epoch is in it before the first cluster is preserved there, and a snapshot
+is out of it before any of its data goes. docs/formats.md describes every field.
+"""
+
+import fcntl
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+from uuid import UUID, uuid4
+
+from fleecefs.block.bitmap import replace_file
+from fleecefs.errors import BadName, Busy, NameTooLong, NotUsable
+
+_FORMAT = "fleecefs-state"
+_VERSION = 1
+
+# Inode 1 is the root, 2 the snapshots.
+_FIRST_INODE = 16
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME_MAX = 63
+
+
+@dataclass
+class EpochRecord:
+    """An epoch: where its store is."""
+
+    number: int
+    store: str
+
+
+@dataclass
+class DiskRecord:
+    """A disk: which source it was, and the epochs of its past, oldest first."""
+
+    name: str
+    id: str
+    inode: int
+    source: str
+    size: int
+    cluster_size: int
+    source_inode: int
+    source_mtime_ns: int
+    next_epoch: int = 1
+    epochs: list[EpochRecord] = field(default_factory=list)
+
+
+@dataclass
+class SnapshotFileRecord:
+    """A disk in a snapshot."""
+
+    disk: str
+    inode: int
+    epoch: int
+    allocated: int
+    on_cbw_error: str
+    lost: str | None = None
+
+
+@dataclass
+class SnapshotRecord:
+    """A snapshot of one or more disks; not to be shown while it is being created."""
+
+    name: str
+    inode: int
+    created_ns: int
+    held_ns: int
+    files: list[SnapshotFileRecord]
+    is_created: bool = False
+
+
+@dataclass
+class State:
+    """All of state.json."""
+
+    id: str
+    boot_id: str
+    is_clean: bool
+    next_inode: int = _FIRST_INODE
+    disks: list[DiskRecord] = field(default_factory=list)
+    snapshots: list[SnapshotRecord] = field(default_factory=list)
+
+    def new_inode(self) -> int:
+        """Return an inode number that was never used in this state."""
+        self.next_inode += 1
+        return self.next_inode - 1
+
+
+class StateDirectory:
+    """A locked state directory."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Lock a state directory, made if it is missing; Busy if another has it."""
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            is_ours = (path / "lock").exists() or (path / "state.json").exists()
+            if not is_ours and any(path.iterdir()):
+                raise NotUsable(
+                    f"state {path}: not empty, and not a state directory of fleecefs"
+                )
+            fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except NotUsable:
+            raise
+        except OSError as e:
+            raise NotUsable(f"state {path}: {e.strerror}") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise Busy(f"state {path}: in use by another fleecefs") from None
+        return cls(path, fd)
+
+    def load(self) -> State | None:
+        """Return what was saved, None for a new directory; NotUsable if damaged."""
+        path = self.path / "state.json"
+        try:
+            document = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise NotUsable(f"{path}: {e.strerror}") from None
+        except ValueError:
+            raise NotUsable(f"{path}: is damaged or truncated; {_HINT}") from None
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise NotUsable(f"{path}: not a state file of fleecefs; {_HINT}")
+        if document.get("version") != _VERSION:
+            raise NotUsable(
+                f"{path}: has version {document.get('version')}, this fleecefs reads "
+                f"version {_VERSION}; {_HINT}"
+            )
+        try:
+            return _parse(document)
+        except (KeyError, TypeError, ValueError):
+            raise NotUsable(f"{path}: is damaged; {_HINT}") from None
+
+    def save(self, state: State) -> None:
+        """Replace state.json; durable on return."""
+        document = {"format": _FORMAT, "version": _VERSION, **asdict(state)}
+        text = json.dumps(document, indent=1) + "\n"
+        replace_file(self.path / "state.json", text.encode())
+
+    def close(self) -> None:
+        os.close(self._lock_fd)
+
+
+_HINT = "restore it from a backup, or give another --state directory"
+
+
+def _parse(document: dict[str, Any]) -> State:
+    disks = [
+        DiskRecord(**{**disk, "epochs": [EpochRecord(**e) for e in disk["epochs"]]})
+        for disk in document["disks"]
+    ]
+    snapshots = [
+        SnapshotRecord(
+            **{**entry, "files": [SnapshotFileRecord(**f) for f in entry["files"]]}
+        )
+        for entry in document["snapshots"]
+    ]
+    return State(
+        id=str(UUID(document["id"])),
+        boot_id=str(document["boot_id"]),
+        is_clean=bool(document["is_clean"]),
+        next_inode=int(document["next_inode"]),
+        disks=disks,
+        snapshots=snapshots,
+    )
+
+
+def new_state(boot_id: str) -> State:
+    return State(id=str(uuid4()), boot_id=boot_id, is_clean=False)
+
+
+def default_path(mountpoint: str) -> Path:
+    """Return where the state of a mount point is if nobody says otherwise."""
+    home = os.environ.get("XDG_STATE_HOME")
+    if home:
+        base = Path(home)
+    elif os.getuid() == 0:
+        base = Path("/var/lib")
+    else:
+        base = Path.home() / ".local/state"
+    return base / "fleecefs" / mountpoint.strip("/").replace("/", "-")
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise BadName unless a disk or snapshot can be called so."""
+    if len(os.fsencode(name)) > _NAME_MAX:
+        raise NameTooLong(f"{what} name of {len(name)} characters: {_NAME_MAX} at most")
+    if not _NAME.fullmatch(name):
+        raise BadName(
+            f"{what} name {name!r}: use letters, digits, '.', '_' and '-', "
+            "and begin with a letter or digit"
+        )

@@ -1,0 +1,163 @@
+"""The files of an epoch.
+
+    RUNTIME/disks/NAME/epochs/0007/   preserved.bits ram.bits disk.bits [denied.bits]
+                                      ram.raw, the RAM tier
+    STATE/disks/NAME/epochs/0007/     the same bits, saved at a clean end
+    STORE/ID/disks/NAME/epochs/0007/  store.raw, the disk tier (in STATE by default)
+
+In use, the bits of the runtime directory count. After a clean end there are only the
+saved ones, and all data is in the disk tier. After a crash of the host the bits are
+gone: then the snapshots are broken, not guessed.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
+
+from bitarray import bitarray
+
+from fleecefs.block.bitmap import LiveBits, Owner, sync_directory
+from fleecefs.block.epoch import Epoch, OnCbwError
+from fleecefs.block.raw import RawImage
+from fleecefs.block.store import Budget, Store, Tier
+from fleecefs.errors import NotUsable
+
+
+class Budgets(NamedTuple):
+    """What all stores of a mount may hold together."""
+
+    ram: Budget
+    disk: Budget
+
+
+class EpochFiles:
+    """Where one epoch of one disk keeps its bits and clusters."""
+
+    def __init__(
+        self,
+        *,
+        disk_id: UUID,
+        number: int,
+        size: int,
+        cluster_size: int,
+        runtime: Path,
+        state: Path,
+        store: Path,
+        budgets: Budgets,
+    ) -> None:
+        self.number = number
+        self.store = store
+        self._owner = Owner(disk_id, number, -(-size // cluster_size))
+        self._size = size
+        self._cluster_size = cluster_size
+        self._runtime = runtime
+        self._state = state
+        self._budgets = budgets
+        self._live: dict[str, LiveBits] = {}
+
+    def create(self, on_cbw_error: OnCbwError) -> Epoch:
+        """Make an empty epoch; OSError if there is no room for its bits."""
+        for directory in {self._runtime, self._state, self.store}:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in self._names():
+            self._live[name] = LiveBits.create(self._bits_path(name), self._owner)
+        disk = RawImage.create(self.store / "store.raw", self._size)
+        return self._epoch(disk, self._create_ram(), on_cbw_error)
+
+    def load(self, on_cbw_error: OnCbwError, *, is_clean: bool) -> Epoch:
+        """Open an epoch of an earlier daemon; NotUsable names what is wrong."""
+        try:
+            disk = RawImage.open(self.store / "store.raw", self._size)
+            ram = self._load_saved() if is_clean else self._load_live()
+        except FileNotFoundError as e:
+            raise NotUsable(f"{e.filename}: is missing") from None
+        return self._epoch(disk, ram, on_cbw_error)
+
+    def _load_saved(self) -> RawImage | None:
+        self._runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        names = self._names()
+        if (self._state / "denied.bits").exists():
+            names.append("denied")
+        for name in names:
+            self._live[name] = LiveBits.create(self._bits_path(name), self._owner)
+            if name != "ram":
+                self._live[name].load(self._state / f"{name}.bits")
+        return self._create_ram()
+
+    def _load_live(self) -> RawImage | None:
+        names = ["preserved", "disk"]
+        # As it was, whatever the limits are now.
+        has_ram = self._bits_path("ram").exists()
+        if has_ram:
+            names.append("ram")
+        if self._bits_path("denied").exists():
+            names.append("denied")
+        for name in names:
+            self._live[name] = LiveBits.open(self._bits_path(name), self._owner)
+        # A crash may have come between the bit of a tier and the epoch's.
+        for name in {"ram", "disk"} & set(names):
+            self._live[name].bits &= self._live["preserved"].bits
+        if not has_ram:
+            return None
+        return RawImage.open(self._runtime / "ram.raw", self._size)
+
+    def _epoch(
+        self, disk: RawImage, ram: RawImage | None, on_cbw_error: OnCbwError
+    ) -> Epoch:
+        size, live = self._cluster_size, self._live
+        tiers = [Tier("disk", disk, live["disk"].bits, self._budgets.disk, size)]
+        if ram is not None:
+            tiers.insert(0, Tier("ram", ram, live["ram"].bits, self._budgets.ram, size))
+        epoch = Epoch(
+            self.number,
+            live["preserved"].bits,
+            Store(tiers, size, self._size),
+            on_cbw_error=on_cbw_error,
+            remember=self._remember,
+            forget=self.remove,
+            make_denied=self._make_denied,
+            lost=live["preserved"].note,
+        )
+        if "denied" in live:
+            epoch.denied = live["denied"].bits
+        return epoch
+
+    def _names(self) -> list[str]:
+        has_ram = self._budgets.ram.limit != 0
+        return ["preserved", "disk", *(["ram"] if has_ram else [])]
+
+    def _create_ram(self) -> RawImage | None:
+        if "ram" not in self._live:
+            return None
+        return RawImage.create(self._runtime / "ram.raw", self._size)
+
+    def _remember(self, reason: str) -> None:
+        self._live["preserved"].note = reason
+
+    def _make_denied(self) -> bitarray:
+        self._live["denied"] = LiveBits.create(self._bits_path("denied"), self._owner)
+        return self._live["denied"].bits
+
+    def _bits_path(self, name: str) -> Path:
+        return self._runtime / f"{name}.bits"
+
+    def save(self, epoch: Epoch) -> None:
+        """Make everything durable, before a clean end; NoSpace if it does not fit."""
+        epoch.store.settle()
+        for name, live in self._live.items():
+            if name != "ram":
+                live.save(self._state / f"{name}.bits")
+        sync_directory(self.store)
+
+    def remove(self) -> None:
+        """Remove all files: the epoch is gone."""
+        for directory in {self._runtime, self._state, self.store}:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def gone(number: int, reason: str, forget: Callable[[], None] = lambda: None) -> Epoch:
+    """Return a stand-in for an epoch that can not be opened; its snapshot is lost."""
+    bits = bitarray(endian="little")
+    return Epoch(number, bits, Store([], 1, 0), forget=forget, lost=reason)

@@ -1,0 +1,125 @@
+"""The runtime directory: what lives as long as the boot.
+
+One directory for each user on tmpfs, and in it one for each mount, named by the id of
+its state: the control socket, what is mounted, and the live bits and RAM tiers of
+epochs (state/epochs.py). It survives the daemon and the keeper, not a reboot.
+"""
+
+import json
+import os
+import shutil
+import socket
+import stat
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
+
+from fleecefs.block.bitmap import replace_file
+from fleecefs.errors import NotUsable
+
+# Kernel-wide; another one after each boot (random(4)).
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class RunningMount(NamedTuple):
+    """A mount that a daemon serves just now."""
+
+    mount: str
+    socket: str
+    pid: int
+
+
+def boot_id() -> str:
+    return _BOOT_ID.read_text().strip()
+
+
+def base_directory() -> Path:
+    """Return the user's runtime directory; it has to be on tmpfs."""
+    user_directory = os.environ.get("XDG_RUNTIME_DIR")
+    if os.getuid() == 0:
+        candidates = [Path("/run/fleecefs"), Path("/dev/shm/fleecefs")]
+    else:
+        candidates = [Path(f"/dev/shm/fleecefs-{os.getuid()}")]
+        if user_directory:
+            candidates.insert(0, Path(user_directory) / "fleecefs")
+    for path in candidates:
+        if _file_system(path.parent) == "tmpfs":
+            return path
+    raise NotUsable(
+        "no tmpfs for the bits in use: mount one on "
+        + " or ".join(str(path.parent) for path in candidates)
+    )
+
+
+def mount_directory(state_id: UUID) -> Path:
+    """Make the runtime directory of one mount if it is not there; nobody else's."""
+    path = base_directory()
+    for directory in path, path / str(state_id):
+        directory.mkdir(mode=0o700, exist_ok=True)
+        found = directory.lstat()
+        is_private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+        if not is_private or found.st_uid != os.getuid():
+            raise NotUsable(
+                f"{directory}: has to be a directory of yours with mode 0700; "
+                "remove it or mend it"
+            )
+    return path / str(state_id)
+
+
+def announce(directory: Path, mountpoint: str) -> None:
+    """Record what this runtime directory belongs to, for running_mounts."""
+    what = {"mount": mountpoint, "pid": os.getpid()}
+    replace_file(directory / "mount.json", json.dumps(what).encode())
+
+
+def control_socket(directory: Path) -> Path:
+    return directory / "control"
+
+
+def running_mounts() -> list[RunningMount]:
+    """Return the mounts of this user that a daemon serves, by mount point."""
+    try:
+        base = base_directory()
+    except NotUsable:
+        return []
+    found = []
+    for path in base.glob("*/mount.json"):
+        try:
+            what = json.loads(path.read_text())
+            mount = RunningMount(
+                what["mount"], str(control_socket(path.parent)), what["pid"]
+            )
+        except (OSError, ValueError, KeyError):
+            continue  # ended just now
+        if _answers(mount.socket):
+            found.append(mount)
+    return sorted(found)
+
+
+def remove(directory: Path) -> None:
+    """Remove the runtime directory of a mount that has ended cleanly."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def _file_system(path: Path) -> str:
+    """Return the type of the file system a directory is on, "" if there is none."""
+    if not path.is_dir():
+        return ""
+    wanted = os.stat(path).st_dev
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        # 36 35 98:0 /root /mount options - type source options   (proc(5))
+        fields, _, rest = line.partition(" - ")
+        major, minor = fields.split()[2].split(":")
+        if os.makedev(int(major), int(minor)) == wanted:
+            return rest.split()[0]
+    return ""
