@@ -27,12 +27,15 @@ from fleecefs.control.server import serving
 from fleecefs.errors import NotUsable
 from fleecefs.fuse.channel import Channel
 from fleecefs.fuse.data import DataThreads
-from fleecefs.fuse.mount import abort, unmount
+from fleecefs.fuse.mount import abort, connection, unmount
 from fleecefs.fuse.names import Names
 from fleecefs.inventory import RAM_LIMIT, Inventory, Options
 from fleecefs.state import runtime
 
 log = logging.getLogger(__name__)
+
+# How long the kernel may take to end a connection after the mount is gone.
+_END_SECONDS = 5.0
 
 
 class Daemon:
@@ -42,6 +45,7 @@ class Daemon:
         self._mountpoint: str = settings["mount"]
         self._started = time.time()
         self._events = Events()
+        self._ended = trio.Event()
         self._inventory = Inventory.open(
             Path(settings["state"]),
             {disk["name"]: Path(disk["source"]) for disk in settings["disks"]},
@@ -75,6 +79,7 @@ class Daemon:
                 nursery.start_soon(_run_in_thread, self._channel.relay_answers)
                 nursery.start_soon(self._tell_ready, ready)
                 await _run_in_thread(self._data.run)
+                self._ended.set()
                 pyfuse3.terminate()
                 self._channel.close_names()
                 nursery.cancel_scope.cancel()
@@ -100,11 +105,17 @@ class Daemon:
 
     async def _umount(self, force: bool) -> None:
         """Unmount; the data threads end when the kernel tells them."""
-        if force:
-            await trio.to_thread.run_sync(abort, self._mountpoint)
-        else:
+        if not force:
             await trio.to_thread.run_sync(self._inventory.check_end)
+        control = connection(self._mountpoint)
         await trio.to_thread.run_sync(lambda: unmount(self._mountpoint, lazy=force))
+        with trio.move_on_after(0 if force else _END_SECONDS):
+            await self._ended.wait()
+        if not self._ended.is_set():
+            # Users that --force does not spare, or a copy of the mount in another
+            # mount namespace, which would keep the disks here for ever.
+            log.warning("cut off whoever still uses %s", self._mountpoint)
+            await trio.to_thread.run_sync(abort, control)
 
     # -- for the control socket
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from fleecefs.control import qmp
 from fleecefs.control.address import address
 from fleecefs.control.qmp import ErrorClass, Message
+from fleecefs.control.session import HANDSHAKE
 from fleecefs.errors import Error, NotFound
 from fleecefs.units import MiB
 
@@ -136,7 +137,7 @@ class Client:
             raise _failure(greeting["error"])
         if "QMP" not in greeting:
             raise ConnectionLost(f"{self._path} is not a fleecefs control socket")
-        self.execute(qmp.HANDSHAKE)
+        self.execute(HANDSHAKE)
 
     def _send(self, message: Message) -> None:
         try:

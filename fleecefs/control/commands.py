@@ -13,7 +13,8 @@ import trio
 
 from fleecefs import __version__
 from fleecefs.control import qmp
-from fleecefs.control.qmp import ErrorClass, Message, QmpError, Request
+from fleecefs.control.qmp import ErrorClass, Message, QmpError
+from fleecefs.control.session import Request
 from fleecefs.errors import NotFound
 from fleecefs.inventory import Inventory
 

@@ -1,13 +1,9 @@
-"""QMP's wire protocol without I/O: bytes <-> messages, and the rules of a session.
+"""QMP's wire protocol without I/O: bytes <-> messages.
 
-One JSON object a line, in both directions, as in QEMU's docs/interop/qmp-spec. The
-limits are ours and tighter than QEMU's, because Python's JSON parser recurses and
-its integers grow without end. Whatever a peer sends, the one error that leaves this
-module is QmpError.
-
-    phase         accepts                  a command gets otherwise
-    negotiating   qmp_capabilities         CommandNotFound
-    ready         all but that             CommandNotFound
+One JSON object a line, in both directions, as in QEMU's docs/interop/qmp-spec; some
+clients leave out the newline. The limits are ours and tighter than QEMU's, because
+Python's JSON parser recurses and its integers grow without end. Whatever a peer
+sends, the one error that leaves this module is QmpError.
 """
 
 import enum
@@ -16,7 +12,6 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from fleecefs.errors import Error
 from fleecefs.units import MiB
@@ -28,8 +23,6 @@ NESTING_MAX = 32
 # QAPI's widest types: int64 below zero, uint64 above.
 INTEGER_MIN = -(2**63)
 INTEGER_MAX = 2**64 - 1
-
-HANDSHAKE = "qmp_capabilities"
 
 
 class ErrorClass(enum.StrEnum):
@@ -56,20 +49,35 @@ class LineTooLong(QmpError):
 # Bytes to messages
 
 
+NEWLINE, QUOTE, BACKSLASH = b'\n"\\'
+OPENING = b"[{"
+
+# What matters for the end of a message, outside of strings and inside.
+_OUTSIDE = re.compile(rb'["\[{\]}\n]')
+_INSIDE = re.compile(rb'["\n]|\\[^\n]?')
+
+
 class Decoder:
-    """Bytes in, messages out, however the bytes are cut into pieces."""
+    """Bytes in, messages out, however the bytes are cut into pieces.
+
+    A message ends where its outermost bracket closes, as some clients (the library
+    qemu.qmp is one) send no newlines; or else at the end of the line, so that
+    whatever went wrong on one line is over on the next.
+    """
 
     def __init__(self, line_max: int = LINE_MAX) -> None:
         self._line_max = line_max
         self._buffer = bytearray()
-        # So many bytes of the buffer are known to hold no newline: without this,
-        # a long line that comes byte by byte would take quadratic time.
-        self._searched = 0
+        # How far the buffer has been searched for an end, and what was found open
+        # there: a long line that comes byte by byte is not searched again.
+        self._position = 0
+        self._depth = 0
+        self._in_string = False
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """Take data and return the messages that are complete with it.
 
-        A bad line raises QmpError and is gone; `feed(b"")` goes on with the lines
+        A bad line raises QmpError and is gone; `feed(b"")` goes on with what comes
         after it. LineTooLong is final: every later call raises it again.
         """
         self._buffer += data
@@ -81,16 +89,47 @@ class Decoder:
                 yield decode(line)
 
     def _next_line(self) -> bytes | None:
-        end = self._buffer.find(b"\n", self._searched)
-        self._searched = len(self._buffer) if end < 0 else end
-        if self._searched > self._line_max:
+        end = self._find_end()
+        length = len(self._buffer) if end is None else end
+        if length and self._buffer[length - 1] == NEWLINE:
+            length -= 1
+        if length > self._line_max:
             raise LineTooLong(f"a line is longer than {self._line_max} bytes")
-        if end < 0:
+        if end is None:
             return None
         line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        self._searched = 0
+        del self._buffer[:end]
+        self._position = self._depth = 0
+        self._in_string = False
         return line
+
+    def _find_end(self) -> int | None:
+        """Return the index after the first message in the buffer."""
+        while True:
+            pattern = _INSIDE if self._in_string else _OUTSIDE
+            match = pattern.search(self._buffer, self._position)
+            if match is None:
+                self._position = len(self._buffer)
+                return None
+            if match[0] == b"\\" and match.end() == len(self._buffer):
+                # What it escapes is still to come.
+                self._position = match.start()
+                return None
+            self._position = match.end()
+            if self._is_end(self._buffer[match.start()]):
+                return self._position
+
+    def _is_end(self, byte: int) -> bool:
+        if byte == NEWLINE:
+            return True
+        if byte == QUOTE:
+            self._in_string = not self._in_string
+        elif byte in OPENING:
+            self._depth += 1
+        elif byte != BACKSLASH and self._depth > 0:
+            self._depth -= 1
+            return self._depth == 0
+        return False
 
 
 def decode(line: bytes) -> Message:
@@ -185,7 +224,7 @@ def version(text: str) -> Message:
 
 
 def success(value: object, tag: Message) -> Message:
-    """Return the reply to a command that was carried out; for `tag` see Request."""
+    """Return the reply to a command that was carried out, with the tag of its id."""
     return {"return": value, **tag}
 
 
@@ -202,92 +241,3 @@ def event(name: str, data: Message) -> Message:
         "data": data,
         "timestamp": {"seconds": seconds, "microseconds": nanoseconds // 1000},
     }
-
-
-# A session, from the server's side
-
-
-class Request(NamedTuple):
-    """A command to carry out."""
-
-    name: str
-    arguments: Message
-    # {"id": ...} as the client sent it, or {}: null is an id, too.
-    tag: Message
-
-
-class Phase(enum.Enum):
-    """How far a session has come."""
-
-    NEGOTIATING = "negotiating"  # greeted; the client has not agreed yet
-    READY = "ready"  # taking commands
-    CLOSED = "closed"  # the stream can not be understood any more
-
-
-REFUSALS = {
-    Phase.NEGOTIATING: f"send {HANDSHAKE!r} first, to negotiate capabilities",
-    Phase.READY: "capabilities have been negotiated already",
-}
-
-
-class Session:
-    """What one client has said so far decides what its next line means."""
-
-    def __init__(self) -> None:
-        self.phase = Phase.NEGOTIATING
-        self._decoder = Decoder()
-
-    def feed(self, data: bytes) -> Iterator[Request | Message]:
-        """Yield a Request for every command to carry out, and ready replies.
-
-        In the order of the client's lines; a bad line has an error as its reply.
-        """
-        messages = self._decoder.feed(data)
-        while self.phase is not Phase.CLOSED:
-            try:
-                for message in messages:
-                    yield self._accept(message)
-                return
-            except QmpError as e:
-                if isinstance(e, LineTooLong):
-                    self.phase = Phase.CLOSED
-                yield failure(e, {})
-            messages = self._decoder.feed(b"")
-
-    def _accept(self, message: Message) -> Request | Message:
-        tag = {"id": message["id"]} if "id" in message else {}
-        try:
-            request = _request(message, tag)
-            is_handshake = request.name == HANDSHAKE
-            if is_handshake is not (self.phase is Phase.NEGOTIATING):
-                raise QmpError(REFUSALS[self.phase], ErrorClass.COMMAND_NOT_FOUND)
-            if not is_handshake:
-                return request
-            _check_capabilities(request.arguments)
-        except QmpError as e:
-            return failure(e, tag)
-        self.phase = Phase.READY
-        return success({}, tag)
-
-
-def _request(message: Message, tag: Message) -> Request:
-    for member in message:
-        if member not in ("execute", "arguments", "id"):
-            raise QmpError(f"member {member!r} is unexpected")
-    if "execute" not in message:
-        raise QmpError("member 'execute' is missing")
-    name = message["execute"]
-    if not isinstance(name, str):
-        raise QmpError("member 'execute' is not a string")
-    arguments = message.get("arguments", {})
-    if not isinstance(arguments, dict):
-        raise QmpError("member 'arguments' is not an object")
-    return Request(name, arguments, tag)
-
-
-def _check_capabilities(arguments: Message) -> None:
-    for name in arguments:
-        if name != "enable":
-            raise QmpError(f"Parameter {name!r} is unexpected")
-    if arguments.get("enable", []) != []:
-        raise QmpError("there are no capabilities to enable")

@@ -1,9 +1,9 @@
 """The control socket: who may connect, and how a connection lives and ends.
 
 Each connection has a task that answers its requests in their order, and one that
-sends it events; a client that does not read stops only these two. What a client
-sends can end its own connection and nothing else: parsing is in qmp, and all that
-goes wrong here ends in `Server.serve`.
+sends it events; a client that does not read stops only these two. What a client sends
+can end its own connection and nothing else: parsing is in session and qmp, and all
+that goes wrong here ends in `Server.serve`.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from fleecefs.control import qmp
 from fleecefs.control.address import address
 from fleecefs.control.commands import Commands
 from fleecefs.control.events import Events, Subscription
-from fleecefs.control.qmp import Message, Phase, QmpError, Request, Session
+from fleecefs.control.qmp import Message, QmpError
+from fleecefs.control.session import Phase, Request, Session
 
 log = logging.getLogger(__name__)
 

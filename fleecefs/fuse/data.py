@@ -34,6 +34,10 @@ _THREADS_MAX = 64
 
 # How often the monitor looks, while requests are waiting and while none is.
 _BUSY_TICK = 0.005
+# Fewer requests than the first number in a tick, with little of the processor used and
+# requests waiting: then the threads are blocked, and one more helps. More than the
+# second: the interpreter is busy, and threads only compete for it.
+_BLOCKED_COUNT, _BUSY_COUNT = 50, 100
 _IDLE_TICK_MAX = 1.0
 
 # How long the end waits for requests that hang in storage.
@@ -48,6 +52,7 @@ class Worker:
     def __init__(self) -> None:
         self.buffer = bytearray(wire.REQUEST_SIZE_MAX)
         self.view = memoryview(self.buffer)
+        self.served = 0
 
     def request(self) -> bytes:
         length = int.from_bytes(self.view[:4], "little")
@@ -122,6 +127,7 @@ class DataThreads:
                     return
                 # ENOENT: the request was interrupted before we got it.
                 continue
+            worker.served += 1
             answer(worker)
 
     def _answer(self, worker: Worker) -> None:
@@ -247,20 +253,23 @@ class DataThreads:
         """Keep enough threads running, and relieve those whose copy hangs."""
         poller = select.poll()
         poller.register(self._channel.fd, select.POLLIN)
-        spent = time.process_time()
         while not self._ended.is_set():
-            tick = min(
-                [_IDLE_TICK_MAX, *(d.history.timeout / 4 for d in self._disks())]
-            )
-            if poller.poll(tick * 1000):
+            timeouts = [disk.history.timeout / 4 for disk in self._disks()]
+            if poller.poll(min(_IDLE_TICK_MAX, *timeouts) * 1000):
+                spent, served = time.process_time(), self._served()
                 self._ended.wait(_BUSY_TICK)
-                has_time = time.process_time() - spent < _BUSY_TICK
-                if has_time and poller.poll(0):
+                spent, served = time.process_time() - spent, self._served() - served
+                has_time = spent < _BUSY_TICK / 2
+                if served < _BLOCKED_COUNT and has_time and poller.poll(0):
                     self._add_thread()
+                elif served > _BUSY_COUNT:
+                    self._wanted = max(_THREADS_MIN, self._wanted - 1)
             else:
                 self._wanted = max(_THREADS_MIN, self._wanted - 1)
-            spent = time.process_time()
             self._relieve()
+
+    def _served(self) -> int:
+        return sum(worker.served for worker in list(self._workers.values()))
 
     def _disks(self) -> Iterable[Disk]:
         return [file for file in self._files.values() if isinstance(file, Disk)]

@@ -87,23 +87,24 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise Busy(f"can not unmount {mountpoint}: {_complaint(done.stderr)}")
 
 
-def abort(mountpoint: str) -> None:
-    """Cut the connection of a mount: whoever still uses it gets ENOTCONN.
-
-    Call before a lazy unmount hides where it is.
-    """
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+def connection(mountpoint: str) -> Path:
+    """Return the control directory of a mount's connection, in fusectl."""
+    mountinfo = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    for line in mountinfo.splitlines():
         fields = line.split(" ")
         if _unescape(fields[4]) == mountpoint and f" {TYPE} " in line:
-            number = fields[2].split(":")[1]
-            control = Path("/sys/fs/fuse/connections", number, "abort")
-            try:
-                control.write_text("1")
-            except OSError as e:
-                raise Refused(
-                    f"can not abort {mountpoint}: {control}: {e.strerror}; "
-                    "is fusectl mounted there?"
-                ) from None
+            return Path("/sys/fs/fuse/connections", fields[2].split(":")[1])
+    raise NotFound(f"nothing is mounted on {mountpoint}")
+
+
+def abort(control: Path) -> None:
+    """Cut a connection: whoever still uses the mount gets ENOTCONN."""
+    try:
+        (control / "abort").write_text("1")
+    except OSError as e:
+        raise Refused(
+            f"can not abort {control}: {e.strerror}; is fusectl mounted there?"
+        ) from None
 
 
 def users(mountpoint: str) -> list[str]:
