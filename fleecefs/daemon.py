@@ -27,7 +27,7 @@ from fleecefs.control.server import serving
 from fleecefs.errors import NotUsable
 from fleecefs.fuse.channel import Channel
 from fleecefs.fuse.data import DataThreads
-from fleecefs.fuse.mount import abort, connection, unmount
+from fleecefs.fuse.mount import abort, connection, read_ahead, unmount
 from fleecefs.fuse.names import Names
 from fleecefs.inventory import RAM_LIMIT, Inventory, Options
 from fleecefs.state import runtime
@@ -53,6 +53,7 @@ class Daemon:
             self._events.emit,
         )
         self._channel = Channel(fuse_fd)
+        self._inventory.invalidate = self._channel.invalidate
         self._data = DataThreads(self._channel, self._inventory.files)
         self._names = Names(self._inventory, self._data.opened_by)
 
@@ -89,6 +90,7 @@ class Daemon:
 
     async def _tell_ready(self, ready: Callable[[], None]) -> None:
         await _run_in_thread(self._channel.initialized.wait)
+        read_ahead(self._mountpoint)
         log.info("mounted %s", self._mountpoint)
         ready()
 

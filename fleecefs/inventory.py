@@ -113,6 +113,8 @@ class Inventory:
         # What the data threads serve, by inode number.
         self.files: dict[int, Disk | Snapshot] = {}
         self.changed_ns = time.time_ns()
+        # Makes the kernel forget what it has cached of a snapshot's file.
+        self.invalidate: Callable[[int], None] = lambda inode: None
         self._directory = directory
         self._state = state
         self._emit = emit
@@ -218,7 +220,7 @@ class Inventory:
             Requests(),
             record.cluster_size,
             timeout=self.options.cbw_timeout,
-            broke=lambda epoch, reason: self._broken.put((disk, epoch, reason)),
+            broke=lambda epoch, reason: self._snapshot_broke(disk, epoch, reason),
         )
         disk = Disk(name, UUID(record.id), source, history)
         self.disks[name] = disk
@@ -508,6 +510,7 @@ class Inventory:
                 disk = self.disks[file.disk]
                 epoch = group.snapshots[file.disk].epoch
                 disk.history.retire(epoch, "the snapshot has been deleted")
+                self.invalidate(file.inode)
                 self._collect(disk)
             self._save()
             self.changed_ns = time.time_ns()
@@ -519,6 +522,13 @@ class Inventory:
         for epoch in list(self._epoch_files):
             if not any(epoch in d.history.epochs for d in self.disks.values()):
                 del self._epoch_files[epoch]
+
+    def _snapshot_broke(self, disk: Disk, epoch: Epoch, reason: str) -> None:
+        """Let readers see it before the guest's write goes on; record it soon."""
+        for inode, file in list(self.files.items()):
+            if isinstance(file, Snapshot) and file.epoch is epoch:
+                self.invalidate(inode)
+        self._broken.put((disk, epoch, reason))
 
     def _record_broken(self) -> None:
         """Record snapshots that broke and free what they held, as they break."""

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 
 import pytest
 
@@ -27,9 +26,13 @@ from fleecefs.state.directory import StateDirectory
 from fleecefs.state.epochs import EpochFiles
 from tests.support.disks import clusters, letters
 from tests.support.host import CLUSTER, Host, failing
-from tests.support.mount import run, wait_until
+from tests.support.mount import wait_until
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+def failing_always(*args):
+    raise NO_SPACE
 
 
 class Killed(BaseException):
@@ -55,6 +58,12 @@ def write(host, letter, *indices, disk="web.raw"):
     """Fill clusters with a letter."""
     for index in indices:
         host.write(disk, clusters(letter), index * CLUSTER)
+
+
+def write_source(host, letter, disk="web.raw"):
+    """Fill the first cluster of a source behind the back of all."""
+    with host.sources[disk].open("r+b") as file:
+        file.write(clusters(letter))
 
 
 def shown(host, name, disk="web.raw"):
@@ -545,17 +554,16 @@ def test_the_limit_of_the_ram_tier_may_change_over_a_crash(web):
     assert web.inventory.budgets.disk.used == CLUSTER
 
 
-def test_a_snapshot_that_broke_stays_broken_over_a_crash(web):
+@pytest.mark.logs("could not preserve|No space left")
+def test_a_snapshot_that_broke_stays_broken_over_a_crash(web, monkeypatch):
+    """Also if the crash comes before the state has been told."""
     web.close()
     web.open(ram_limit=0, store_limit=0)
     web.inventory.create_snapshot("one")
-    with pytest.MonkeyPatch.context() as patch:
-        # The crash comes before the state is told.
-        patch.setattr(web.inventory._broken, "put", lambda item: None, raising=False) if (
-            False
-        ) else None
+    with monkeypatch.context() as patch:
+        patch.setattr(StateDirectory, "save", failing_always)
         write(web, "b", 0)
-    web.crash()
+        web.crash()
 
     web.open()
 
@@ -575,20 +583,22 @@ def test_denied_parts_stay_denied_over_a_crash(web):
 def test_a_kill_between_the_bits_of_tier_and_epoch_is_mended(web):
     web.inventory.create_snapshot("one")
     write(web, "b", 0)
-    epoch = web.inventory.disks["web.raw"].history.newest
-    epoch.preserved[0] = 0
-    web.sources["web.raw"].open("r+b").write(b"a")
+    # As if the kill had come before the write: the old data is still on the source.
+    web.inventory.disks["web.raw"].history.newest.preserved[0] = 0
+    write_source(web, "a")
     web.crash()
 
     web.open()
 
     assert web.inventory.budgets.ram.used == 0
+    write(web, "c", 0)
+    assert shown(web, "one") == "aaaaaaaa"
+    assert web.inventory.budgets.ram.used == CLUSTER
 
 
 # -- a crash of the host: another boot
 
 
-@pytest.mark.logs("snapshot|disk")
 def test_a_crash_of_the_host_breaks_snapshots_and_says_so(web):
     web.inventory.create_snapshot("one")
     write(web, "b", 0)
@@ -847,11 +857,8 @@ def test_no_space_for_the_state_leaves_no_snapshot(web, monkeypatch, nth, after)
 
 
 def test_no_space_for_the_state_at_all_leaves_no_snapshot(web, monkeypatch):
-    def save(self, state):
-        raise NO_SPACE
-
     with monkeypatch.context() as patch:
-        patch.setattr(StateDirectory, "save", save)
+        patch.setattr(StateDirectory, "save", failing_always)
         with pytest.raises(OSError) as e:
             web.inventory.create_snapshot("one")
 
@@ -1034,11 +1041,11 @@ class Story:
         assert set(self.content) - {self.doing} <= found <= set(self.content)
         for name in found:
             assert shown(self.host, name) == self.content[name], name
-        if self.doing in found and not self.host.inventory.snapshots:
-            raise AssertionError("listed but not there")
 
 
-@pytest.mark.parametrize("order", itertools.permutations(["one", "two", "three"]))
+@pytest.mark.parametrize(
+    "order", list(itertools.permutations(["one", "two", "three"])), ids="-".join
+)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_kill_at_any_step_leaves_a_consistent_state(
     tmpfs_path, monkeypatch, step, order
@@ -1067,7 +1074,6 @@ def test_a_kill_at_any_step_leaves_a_consistent_state(
             frozen = letters(host.live("web.raw"))
             write(host, "v", *range(8))
             assert shown(host, "four") == frozen
-            story.check_names = None
             for name in list(host.inventory.snapshots):
                 host.inventory.delete_snapshot(name)
             assert host.epoch_directories() == []
@@ -1076,7 +1082,3 @@ def test_a_kill_at_any_step_leaves_a_consistent_state(
         if story.done:
             break
     assert nth > 2
-
-
-def test_an_inventory_survives_a_real_kill():
-    pass

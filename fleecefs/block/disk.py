@@ -145,6 +145,9 @@ class Disk:
             self.flush_error = f"a flush failed: {e.strerror}"
             log.error("disk %s: %s; no later one succeeds", self.name, self.flush_error)
             raise
+        if self.flush_error is not None:
+            # One that ran at the same time was told, and only that one.
+            raise FlushFailed(self.flush_error)
 
     # -- where data and holes are
 
@@ -152,7 +155,9 @@ class Disk:
         """Yield what [offset, end) consists of just now, in order, without gaps."""
         while offset < min(end, self.size):
             mapped = mapped_at(self.source, offset, min(end, self.size))
-            yield mapped
+            # Empty: a discard came between the two searches, so look again.
+            if mapped.length:
+                yield mapped
             offset = mapped.end
 
     def find_data(self, offset: int) -> int:

@@ -25,14 +25,16 @@ that a write never preserves what they have already.
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import takewhile
 
 from bitarray import bitarray
 
 from fleecefs.block.image import Image
 from fleecefs.block.requests import Copy, Requests
 from fleecefs.block.store import COPY_SIZE_MAX, Store, runs
-from fleecefs.errors import Abandoned, SnapshotLost, TimedOut
+from fleecefs.errors import Abandoned, TimedOut
 
 
 class OnCbwError(enum.Enum):
@@ -76,6 +78,10 @@ class Epoch:
     def _denied_in_memory(self) -> bitarray:
         return bitarray(len(self.preserved), endian="little")
 
+    def has_denied(self, first: int, stop: int, others: bitarray) -> bool:
+        """Tell whether access to all of [first, stop) but `others` was given up."""
+        return self.denied is not None and (self.denied[first:stop] | others).all()
+
     def lose(self, reason: str) -> None:
         """Mark the snapshot lost, first where it survives a crash of the daemon."""
         self._remember(reason)
@@ -85,6 +91,10 @@ class Epoch:
         """Give back everything the epoch occupies."""
         self.store.drop()
         self._forget()
+
+
+# Clusters [first, stop), and the epoch that has them; None is the source.
+Run = tuple[int, int, Epoch | None]
 
 
 class History:
@@ -126,7 +136,8 @@ class History:
         first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
         deadline = time.monotonic() + self.timeout
         while (copy := self._claim(first, stop, deadline)) is not None:
-            self._copy(copy)
+            if self._copy(copy):
+                return
 
     def _claim(self, first: int, stop: int, deadline: float) -> Copy | None:
         """Register the clusters still to copy, or return None if there are none."""
@@ -146,25 +157,34 @@ class History:
             else:
                 return None
         # Waited too long for a copy by somebody else, or for a reader.
-        self._fail(first, stop, self._too_late())
+        self._outwait(first, stop)
         return self._claim(first, stop, deadline)
 
-    def _copy(self, copy: Copy) -> None:
+    def _copy(self, copy: Copy) -> bool:
+        """Preserve what was claimed; True if nothing is left to wait for."""
         failure = None
+        requests = self.requests
         try:
             self._copy_runs(copy)
         except OSError as e:
             failure = e
-        requests = self.requests
+        except BaseException:
+            # A bug, or no memory; nobody may wait for this copy for ever.
+            with requests.lock:
+                requests.copies.pop(copy.thread, None)
+                requests.changed()
+            raise
         with requests.lock:
             if copy.abandoned:
                 raise Abandoned
             del requests.copies[copy.thread]
             requests.changed()
-            if failure is None and self.newest is not None:
-                self.newest.preserved[copy.first : copy.stop] = 1
-        if failure is not None:
-            self._fail(copy.first, copy.stop, failure)
+            if failure is None:
+                if self.newest is not None:
+                    self.newest.preserved[copy.first : copy.stop] = 1
+                return not requests.readers
+        self._fail(copy.first, copy.stop, failure)
+        return False
 
     def _copy_runs(self, copy: Copy) -> None:
         """Put the missing clusters of a claimed copy into the newest epoch's store."""
@@ -184,6 +204,11 @@ class History:
             self.copied += length
             found = newest.preserved.find(0, end, stop)
             first = found if found >= 0 else stop
+
+    def has_late(self, now: float) -> bool:
+        """Tell whether `expire` has something to do."""
+        copies = list(self.requests.copies.values())
+        return any(copy.deadline < now for copy in copies)
 
     def expire(self, now: float) -> dict[int, OSError | None]:
         """Give up copies that hang beyond their deadline; return whose they were.
@@ -213,34 +238,46 @@ class History:
         return TimedOut(f"took longer than cbw-timeout, {self.timeout:g} s")
 
     def _fail(self, first: int, stop: int, error: OSError) -> None:
-        """Break the snapshots that can not be served from [first, stop), or raise.
+        """Break the snapshots that need any of [first, stop) from the source, or raise.
 
-        They are those that need a cluster no epoch has, and those being read from the
-        source just now: such a reader looks at the mark before it answers.
+        Afterwards the newest epoch has all of these clusters, or there is none.
         """
-        reason = f"could not preserve: {error.strerror or error}"
-        requests = self.requests
-        with requests.lock:
-            if self.newest is None:
-                return
-            reading = requests.find_readers(first, stop)
+        with self.requests.lock:
             needing = self._needing(first, stop)
-            needing += [
-                epoch
-                for epoch in {requests.readers[thread][2] for thread in reading}
-                if epoch.lost is None and epoch not in needing
-            ]
-            guest_fails = OnCbwError.BREAK_GUEST_WRITE
-            if any(epoch.on_cbw_error is guest_fails for epoch in needing):
-                raise error
-            for epoch in needing:
-                epoch.lose(reason)
-                self._retire(epoch)
-            for thread in reading:
-                del requests.readers[thread]
-            requests.changed()
+            reason = self._break(needing, first, stop, error)
         for epoch in needing:
             self.broke(epoch, reason)
+
+    def _outwait(self, first: int, stop: int) -> None:
+        """Break also the snapshots being read from there just now, or raise.
+
+        Such a reader looks at the mark before it answers.
+        """
+        with self.requests.lock:
+            needing = self._needing(first, stop)
+            for epoch in self.requests.find_readers(first, stop):
+                if epoch not in needing:
+                    needing.append(epoch)
+            reason = self._break(needing, first, stop, self._too_late())
+        for epoch in needing:
+            self.broke(epoch, reason)
+
+    def _break(
+        self, needing: list[Epoch], first: int, stop: int, error: OSError
+    ) -> str:
+        """Mark the snapshots of these epochs lost and return why, or raise."""
+        guest_fails = OnCbwError.BREAK_GUEST_WRITE
+        if any(epoch.on_cbw_error is guest_fails for epoch in needing):
+            raise error
+        reason = f"could not preserve: {error.strerror or error}"
+        for epoch in needing:
+            epoch.lose(reason)
+            self._retire(epoch)
+        if self.newest is not None:
+            # Whoever is still good has them, or has given them up.
+            self.newest.preserved[first:stop] = 1
+        self.requests.changed()
+        return reason
 
     def _needing(self, first: int, stop: int) -> list[Epoch]:
         """Return the epochs whose good snapshots read any of these from the source."""
@@ -250,7 +287,7 @@ class History:
             held |= epoch.preserved[first:stop]
             if held.all():
                 break
-            if epoch.lost is None:
+            if epoch.lost is None and not epoch.has_denied(first, stop, held):
                 needing.append(epoch)
         return needing
 
@@ -271,6 +308,13 @@ class History:
             if found >= 0:
                 stop = found
         return None, stop
+
+    def runs(self, chain: list[Epoch], first: int, stop: int) -> Iterator[Run]:
+        """Yield runs of clusters and the epoch that has them; None is the source."""
+        while first < stop:
+            epoch, end = self.holder(chain, first, stop)
+            yield first, end, epoch
+            first = end
 
     # -- for the control path
 
@@ -299,19 +343,19 @@ class History:
 
     def _retire(self, epoch: Epoch) -> None:
         index = self.epochs.index(epoch)
-        older = index - 1
-        while older >= 0 and self.epochs[older].lost is not None:
-            older -= 1
-        if older < 0:
+        if all(older.lost is not None for older in self.epochs[:index]):
             self._drop_until_good(index)
             return
-        held = self.epochs[older].preserved.copy()
-        for between in self.epochs[older + 1 : index]:
-            held |= between.preserved
-        duplicates = held & epoch.preserved
-        store = epoch.store
-        self._garbage.append(lambda: _free(store, duplicates))
-        epoch.preserved |= held
+        # The epoch before is good, or was retired and has come to include the others.
+        held = self.epochs[index - 1].preserved
+        for retired in self._retired_from(index):
+            duplicates = held & retired.preserved
+            self._garbage.append(partial(_free, retired.store, duplicates))
+            retired.preserved |= held
+            held = retired.preserved
+
+    def _retired_from(self, index: int) -> Iterator[Epoch]:
+        return takewhile(lambda epoch: epoch.lost is not None, self.epochs[index:])
 
     def _drop_until_good(self, index: int) -> None:
         """Drop the oldest epochs, all retired, up to the first good one."""
@@ -322,6 +366,28 @@ class History:
         del self.epochs[:index]
         if not self.epochs:
             self.newest = None
+
+    def give_up(self, epoch: Epoch, first: int, stop: int) -> Callable[[], None]:
+        """Preserve no longer for one snapshot what no older one needs; hold the lock.
+
+        Returns what gives the space back: to be called without the lock.
+        """
+        index = self.epochs.index(epoch)
+        given = bitarray(stop - first, endian="little")
+        given.setall(1)
+        if index:
+            given &= self.epochs[index - 1].preserved[first:stop]
+        users = [epoch, *self._retired_from(index + 1)]
+        for user in users:
+            user.preserved[first:stop] |= given
+        self.requests.changed()
+
+        def free() -> None:
+            for user in users:
+                for start, end in runs(given, 0, len(given)):
+                    user.store.free(first + start, first + end)
+
+        return free
 
     def collect(self) -> None:
         """Give back the space of what was retired, once the state knows of it.
@@ -335,9 +401,3 @@ class History:
 def _free(store: Store, clusters: bitarray) -> None:
     for first, stop in runs(clusters, 0, len(clusters)):
         store.free(first, stop)
-
-
-def check_good(epoch: Epoch) -> None:
-    """Raise SnapshotLost if the epoch's snapshot can not be read any more."""
-    if epoch.lost is not None:
-        raise SnapshotLost(epoch.lost)

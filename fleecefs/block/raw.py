@@ -56,8 +56,9 @@ class RawImage:
         try:
             mode = os.fstat(fd).st_mode
             if stat.S_ISBLK(mode):
+                exclusive = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_EXCL)
                 os.close(fd)
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_EXCL)
+                fd = exclusive
             elif not stat.S_ISREG(mode):
                 raise NotUsable(f"source {path}: not a regular file or block device")
             _lock(fd, f"source {path}")
@@ -97,12 +98,12 @@ class RawImage:
     def pread(self, length: int, offset: int) -> bytes:
         data = os.pread(self.fd, length, offset)
         if len(data) != length:
-            raise OSError(errno.EIO, "image is shorter than its size")
+            raise _too_short()
         return data
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         if os.preadv(self.fd, (buffer,), offset) != len(buffer):
-            raise OSError(errno.EIO, "image is shorter than its size")
+            raise _too_short()
 
     def pwrite(self, data: bytes | memoryview, offset: int) -> int:
         return os.pwrite(self.fd, data, offset)
@@ -145,6 +146,9 @@ class RawImage:
             return min(os.lseek(self.fd, offset, whence), self.size)
         except OSError as e:
             if e.errno == errno.ENXIO:
+                # The end of the file. No hole begins there if it has been cut short.
+                if os.fstat(self.fd).st_size < self.size:
+                    raise _too_short() from None
                 return self.size
             if e.errno == errno.EINVAL:
                 return without
@@ -179,6 +183,10 @@ def _lock(fd: int, what: str) -> None:
                 "a disk can be served by one fleecefs only"
             ) from None
         raise
+
+
+def _too_short() -> OSError:
+    return OSError(errno.EIO, "image is shorter than its size")
 
 
 def _named(error: OSError, message: str) -> OSError:

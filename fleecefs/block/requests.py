@@ -55,8 +55,8 @@ class Requests:
         self._waiting = 0
         self.writes: dict[int, tuple[int, int]] = {}
         self.copies: dict[int, Copy] = {}
-        # First cluster, stop, and the epoch whose snapshot is being read.
-        self.readers: dict[int, tuple[int, int, Epoch]] = {}
+        # Runs (first cluster, stop), and the epoch whose snapshot is being read.
+        self.readers: dict[int, tuple[list[tuple[int, int]], Epoch]] = {}
         self._drains = 0
 
     @property
@@ -96,12 +96,16 @@ class Requests:
                 return copy
         return None
 
-    def find_readers(self, first: int, stop: int) -> list[int]:
-        """Return the threads that read any of these clusters for a snapshot."""
+    def find_readers(self, first: int, stop: int) -> list[Epoch]:
+        """Return the epochs whose snapshots are being read from these clusters.
+
+        Not those that are lost: such a reader gets an error, whatever it has read.
+        """
         return [
-            thread
-            for thread, (start, end, _) in self.readers.items()
-            if start < stop and first < end
+            epoch
+            for runs, epoch in self.readers.values()
+            if epoch.lost is None
+            and any(start < stop and first < end for start, end in runs)
         ]
 
     @contextmanager

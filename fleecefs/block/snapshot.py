@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from threading import get_ident
 from uuid import UUID
 
-from fleecefs.block.epoch import Epoch, History
+from fleecefs.block.bitmap import next_set
+from fleecefs.block.epoch import Epoch, History, Run
 from fleecefs.block.extent import Mapped, clip
 from fleecefs.block.image import mapped_at
 from fleecefs.errors import ReadOnly, SnapshotLost
@@ -66,41 +67,48 @@ class Snapshot:
             return b""
         first = offset >> self._shift
         stop = ((offset + length - 1) >> self._shift) + 1
-        chain = self._register_untouched(first, stop)
-        if chain is None:
+        plan = self._plan(first, stop)
+        if plan is None:
             try:
                 data: bytes | memoryview = self._source.pread(length, offset)
             finally:
                 self._unregister()
         else:
-            data = memoryview(bytearray(length))
-            self._read_mixed(data, offset, chain)
-        if self.epoch.lost is not None:
-            raise SnapshotLost(self.epoch.lost)
+            data = self._read_mixed(length, offset, plan)
+        self._check(first, stop)
         return data
 
-    def _register_untouched(self, first: int, stop: int) -> list[Epoch] | None:
-        """Register as a reader of the source if all of it is there, else say no.
+    def _plan(self, first: int, stop: int) -> list[Run] | None:
+        """Find where each cluster is, and register as a reader of those on the source.
 
-        Returns None when registered, otherwise the epochs to look into.
+        Returns None if all of them are. One look under one lock: with the epochs of an
+        earlier look, one that began in between would be missed, and all it has.
         """
-        requests = self._requests
+        plan = None
+        on_source = [(first, stop)]
+        requests, history = self._requests, self._history
         with requests.lock:
-            chain = self._chain(first, stop)
+            self._check(first, stop)
+            chain = history.chain(self.epoch)
             for epoch in chain:
                 if epoch.preserved.find(1, first, stop) >= 0:
-                    return chain
-            requests.readers[get_ident()] = (first, stop, self.epoch)
-        return None
+                    plan = list(history.runs(chain, first, stop))
+                    on_source = [(run[0], run[1]) for run in plan if run[2] is None]
+                    break
+            if on_source:
+                requests.readers[get_ident()] = (on_source, self.epoch)
+        return plan
 
-    def _chain(self, first: int, stop: int) -> list[Epoch]:
-        """Return the epochs to read from, or raise if these clusters are gone."""
+    def _check(self, first: int, stop: int) -> None:
+        """Raise SnapshotLost if the snapshot, or this part of it, is gone.
+
+        Before a read, and again after it: what was gone by then may be anything.
+        """
         epoch = self.epoch
         if epoch.lost is not None:
             raise SnapshotLost(epoch.lost)
         if epoch.denied is not None and epoch.denied.find(1, first, stop) >= 0:
             raise SnapshotLost("this part of the snapshot was discarded")
-        return self._history.chain(epoch)
 
     def _unregister(self) -> None:
         requests = self._requests
@@ -108,39 +116,24 @@ class Snapshot:
             requests.readers.pop(get_ident(), None)
             requests.changed()
 
-    def _read_mixed(self, data: memoryview, offset: int, chain: list[Epoch]) -> None:
+    def _read_mixed(self, length: int, offset: int, plan: list[Run]) -> memoryview:
         """Read what is still on the source in one go, and the rest over it."""
-        end = offset + len(data)
+        end = offset + length
         shift = self._shift
-        first, stop = offset >> shift, ((end - 1) >> shift) + 1
-        requests = self._requests
-        with requests.lock:
-            plan = list(self._plan(chain, first, stop))
+        try:
+            data = memoryview(bytearray(length))
             on_source = [run for run in plan if run[2] is None]
             if on_source:
-                hull = on_source[0][0], on_source[-1][1]
-                requests.readers[get_ident()] = (*hull, self.epoch)
-        if on_source:
-            try:
-                start, until = max(hull[0] << shift, offset), min(hull[1] << shift, end)
-                part = data[start - offset : until - offset]
-                self._source.pread_into(part, start)
-            finally:
-                self._unregister()
-        for start, until, epoch in plan:
+                start = max(on_source[0][0] << shift, offset)
+                until = min(on_source[-1][1] << shift, end)
+                self._source.pread_into(data[start - offset : until - offset], start)
+        finally:
+            self._unregister()
+        for first, stop, epoch in plan:
             if epoch is not None:
-                start, until = max(start << shift, offset), min(until << shift, end)
-                part = data[start - offset : until - offset]
-                epoch.store.read_into(part, start)
-
-    def _plan(
-        self, chain: list[Epoch], first: int, stop: int
-    ) -> Iterator[tuple[int, int, Epoch | None]]:
-        """Yield runs of clusters and the epoch that has them; None is the source."""
-        while first < stop:
-            epoch, end = self._history.holder(chain, first, stop)
-            yield first, end, epoch
-            first = end
+                start, until = max(first << shift, offset), min(stop << shift, end)
+                epoch.store.read_into(data[start - offset : until - offset], start)
+        return data
 
     # -- where data and holes are
 
@@ -155,30 +148,31 @@ class Snapshot:
         shift = self._shift
         end = min(end, offset + _SEARCH_SIZE_MAX)
         first, stop = offset >> shift, ((end - 1) >> shift) + 1
-        with self._reading_source(first, stop) as (epoch, run_stop):
+        with self._reading(first, stop) as (epoch, run_stop):
             end = min(run_stop << shift, end)
             if epoch is None:
                 return mapped_at(self._source, offset, end)
-        tier, tier_stop = epoch.store.locate(first, run_stop)
-        end = min(tier_stop << shift, end)
-        return Mapped(offset, end - offset, "none" if tier is None else tier.name)
+            tier, tier_stop = epoch.store.locate(first, run_stop)
+            end = min(tier_stop << shift, end)
+            return Mapped(offset, end - offset, "none" if tier is None else tier.name)
 
     @contextmanager
-    def _reading_source(
-        self, first: int, stop: int
-    ) -> Iterator[tuple[Epoch | None, int]]:
-        """Find who holds the first clusters; inside, the source stays as it is."""
-        requests = self._requests
+    def _reading(self, first: int, stop: int) -> Iterator[tuple[Epoch | None, int]]:
+        """Find who has the first clusters; inside, the source stays as it is."""
+        requests, history = self._requests, self._history
         with requests.lock:
-            chain = self._chain(first, first + 1)
-            found = self._history.holder(chain, first, stop)
-            requests.readers[get_ident()] = (first, found[1], self.epoch)
+            self._check(first, first + 1)
+            if self.epoch.denied is not None:
+                # What was discarded is no hole.
+                stop = next_set(self.epoch.denied, first, stop)
+            epoch, stop = history.holder(history.chain(self.epoch), first, stop)
+            if epoch is None:
+                requests.readers[get_ident()] = ([(first, stop)], self.epoch)
         try:
-            yield found
+            yield epoch, stop
         finally:
             self._unregister()
-        if self.epoch.lost is not None:
-            raise SnapshotLost(self.epoch.lost)
+        self._check(first, stop)
 
     def find_data(self, offset: int) -> int:
         """Return where data is next at or after offset, or the size."""
@@ -207,18 +201,14 @@ class Snapshot:
         stop = -(-end // size) if end == self.size else end // size
         if first >= stop:
             return
-        epoch, history = self.epoch, self._history
+        epoch = self.epoch
         with self._requests.lock:
-            chain = self._chain(first, first)
+            self._check(first, first)
             if epoch.denied is None:
                 epoch.denied = epoch.make_denied()
             epoch.denied[first:stop] = 1
-            is_oldest = history.epochs[0] is epoch
-            if is_oldest and chain == [epoch]:
-                # Nobody else reads this: a set bit means that no write preserves it.
-                epoch.preserved[first:stop] = 1
-        if is_oldest:
-            epoch.store.free(first, stop)
+            free = self._history.give_up(epoch, first, stop)
+        free()
 
     # -- what a snapshot refuses
 

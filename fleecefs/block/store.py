@@ -16,7 +16,7 @@ from bitarray import bitarray
 
 from fleecefs.block.bitmap import next_set
 from fleecefs.block.image import Image
-from fleecefs.errors import NoSpace
+from fleecefs.errors import NoSpace, Unsupported
 
 # A run is read whole before it is written again: this much memory at most.
 COPY_SIZE_MAX = 1 << 20
@@ -99,7 +99,10 @@ class Tier:
             if self._dropped:
                 self._budget.give(size)
             else:
+                # A copy that failed midway may have brought some of them before.
+                before = self.bits.count(1, first, stop)
                 self.bits[first:stop] = 1
+                self._budget.give(before * self._cluster_size)
         return True
 
     def free(self, first: int, stop: int) -> None:
@@ -108,11 +111,18 @@ class Tier:
             with self._lock:
                 if self._dropped:
                     return
+                # Somebody else may be freeing some of them just now.
+                freed = self.bits.count(1, start, end)
                 self.bits[start:end] = 0
             offset = start * self._cluster_size
             length = min(end * self._cluster_size, self.image.size) - offset
-            self.image.discard(length, offset)
-            self._budget.give((end - start) * self._cluster_size)
+            try:
+                self.image.discard(length, offset)
+            except Unsupported:
+                # The space comes back with the file.
+                pass
+            finally:
+                self._budget.give(freed * self._cluster_size)
 
     def drop(self) -> None:
         """Give back the whole budget. The image is closed by its last user."""

@@ -1,5 +1,6 @@
 """fleecefs map: where the bytes of a file lie, in the manner of qemu-img map."""
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
@@ -30,10 +31,7 @@ def map_file(as_json: bool, file: str) -> None:
         if as_json:
             _print_as_json(list(pages))
             return
-        click.echo(f"{'OFFSET':<18}{'LENGTH':<18}{'DATA':<6}WHERE")
-        for page in pages:
-            for extent in page["extents"]:
-                click.echo(_line(extent))
+        _print_lines(pages)
 
 
 def _find(file: str) -> "tuple[Client, str]":
@@ -59,6 +57,15 @@ def _print_as_json(pages: "list[Map]") -> None:
     """Print the pages as the one result that they are parts of."""
     extents = [extent for page in pages for extent in page["extents"]]
     print_json({"size": pages[-1]["size"], "extents": extents, "next": None})
+
+
+def _print_lines(pages: "Iterator[Map]") -> None:
+    # Asked for ahead of the titles: where there is no such file, none are printed.
+    first = next(pages)
+    click.echo(f"{'OFFSET':<18}{'LENGTH':<18}{'DATA':<6}WHERE")
+    for page in itertools.chain([first], pages):
+        for extent in page["extents"]:
+            click.echo(_line(extent))
 
 
 def _line(extent: "MapExtent") -> str:

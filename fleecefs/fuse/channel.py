@@ -63,6 +63,14 @@ class Channel:
                 if e.errno != errno.ENODEV:
                     raise
 
+    def invalidate(self, inode: int) -> None:
+        """Make the kernel forget a file's cached data, and wait until it has.
+
+        It waits for reads of the file that are under way, so whoever calls must not be
+        needed to serve them: a data thread may, the monitor of data threads may not.
+        """
+        self.send(wire.invalidate_inode(inode))
+
     def close_names(self) -> None:
         """End relay_answers and pyfuse3's side of the channel."""
         self._ours.shutdown(socket.SHUT_RDWR)

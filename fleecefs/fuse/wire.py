@@ -27,6 +27,9 @@ FSYNC_IN = struct.Struct("<Q")  # fh
 INIT_IN = struct.Struct("<IIIII")  # major minor max_readahead flags flags2
 INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
 
+NOTIFY_INVAL_INODE_OUT = struct.Struct("<Qqq")  # inode offset length
+NOTIFY_INVAL_INODE = 2
+
 FORGET = 2
 OPEN = 14
 READ = 15
@@ -44,6 +47,7 @@ COPY_FILE_RANGE = 47
 COPY_FILE_RANGE_64 = 53
 
 FOPEN_DIRECT_IO = 1 << 0
+FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 
 ASYNC_READ = 1 << 0
@@ -131,6 +135,14 @@ def names_init() -> bytes:
 def reply(unique: int, payload: bytes = b"") -> bytes:
     """Return a successful answer."""
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), 0, unique) + payload
+
+
+def invalidate_inode(inode: int) -> bytes:
+    """Return a notification that makes the kernel forget what it cached of a file."""
+    payload = NOTIFY_INVAL_INODE_OUT.pack(inode, 0, 0)
+    return (
+        OUT_HEADER.pack(OUT_HEADER.size + len(payload), NOTIFY_INVAL_INODE, 0) + payload
+    )
 
 
 def error_reply(unique: int, code: int) -> bytes:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import types
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +13,7 @@ from click.testing import CliRunner
 import fleecefs
 from fleecefs.cli import main
 from fleecefs.cli.daemons import resolve
+from fleecefs.control.client import Client
 from fleecefs.errors import NotFound, Refused
 from fleecefs.state.runtime import RunningMount
 from tests.control.fakes import SIZE, running_daemon, wait_until
@@ -160,7 +160,8 @@ def listening_to_events(daemon, *words):
         wait_until(lambda: daemon.events._subscriptions)
         daemon.inventory.create_snapshot("nightly")
         daemon.inventory.delete_snapshot("nightly")
-        run("umount", daemon.mount)
+        with Client(daemon.path) as client:
+            client.execute("quit")
 
     thread = threading.Thread(target=happen)
     thread.start()
@@ -397,10 +398,10 @@ def test_a_mount_point_is_found_through_links(tmp_path):
 def launched(monkeypatch):
     """The settings the keeper would have been started with."""
     calls = []
-    keeper = types.ModuleType("fleecefs.keeper")
-    keeper.launch = lambda settings, foreground: calls.append((settings, foreground))
-    monkeypatch.setitem(sys.modules, "fleecefs.keeper", keeper)
-    monkeypatch.setattr(fleecefs, "keeper", keeper, raising=False)
+    monkeypatch.setattr(
+        "fleecefs.keeper.launch",
+        lambda settings, foreground: calls.append((settings, foreground)),
+    )
     return calls
 
 
@@ -409,36 +410,39 @@ def test_mount_with_all_defaults(launched, tmp_path, monkeypatch):
 
     output_of("mount", "--disk", "images/web.raw", "live")
 
-    assert launched == [
-        (
-            {
-                "mount": str(tmp_path / "live"),
-                "disks": [
-                    {"name": "web.raw", "source": str(tmp_path / "images/web.raw")}
-                ],
-                "state": None,
-                "store": None,
-                "store_limit": None,
-                "ram_limit": None,
-                "on_cbw_error": "break-snapshot",
-                "cbw_timeout": 10.0,
-                "cluster_size": None,
-                "allow_other": False,
-                "log": None,
-            },
-            False,
-        )
-    ]
+    ((settings, foreground),) = launched
+    state = settings.pop("state")
+    assert os.path.isabs(state)
+    assert not foreground
+    assert settings == {
+        "mount": str(tmp_path / "live"),
+        "disks": [{"name": "web.raw", "source": str(tmp_path / "images/web.raw")}],
+        "store": None,
+        "store_limit": None,
+        "ram_limit": None,
+        "on_cbw_error": "break-snapshot",
+        "cbw_timeout": 10.0,
+        "cluster_size": None,
+        "allow_other": False,
+        "log": f"{state}/fleecefs.log",
+    }
+
+
+def test_in_the_foreground_the_log_goes_to_stderr(launched):
+    output_of("mount", "--disk", "a", "--foreground", "/m")
+
+    ((settings, foreground),) = launched
+    assert foreground
+    assert settings["log"] is None
 
 
 def test_mount_with_everything(launched, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    output_of(
-        *"mount --disk a=b --state s --store t --store-limit 10GiB".split(),
-        *"--ram-limit 64M --on-cbw-error break-guest-write --cbw-timeout 2.5".split(),
-        *"--cluster-size 64K --foreground --allow-other --log l /m".split(),
-    )
+    words = """mount --disk a=b --state s --store t --store-limit 10GiB
+        --ram-limit 64M --on-cbw-error break-guest-write --cbw-timeout 2.5
+        --cluster-size 64K --foreground --allow-other --log l /m"""
+    output_of(*words.split())
 
     ((settings, foreground),) = launched
     assert foreground
@@ -483,11 +487,11 @@ def test_a_disk_has_a_name_and_a_source(launched, text, name, source):
         pytest.param(Refused("a\x1b[2Jb"), "a\\x1b[2Jb", 1, id="escape"),
     ],
 )
-def test_a_failed_mount_is_one_line(launched, monkeypatch, error, text, code):
+def test_a_failed_mount_is_one_line(monkeypatch, error, text, code):
     def launch(settings, foreground):
         raise error
 
-    monkeypatch.setattr(sys.modules["fleecefs.keeper"], "launch", launch)
+    monkeypatch.setattr("fleecefs.keeper.launch", launch)
 
     assert error_of("mount", "--disk", "a", "/m") == (code, text)
 
@@ -582,7 +586,8 @@ def completions(line):
     result = CliRunner().invoke(main, prog_name="fleecefs", env=environment)
     assert result.exit_code == 0
     assert result.stderr == ""
-    return [each.partition(",")[2] for each in result.stdout.splitlines()]
+    # TYPE,NAME each; none at all is an empty line.
+    return [each.partition(",")[2] for each in result.stdout.split()]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from fleecefs.control.server import serving
 from fleecefs.errors import Busy, NameTaken, NotFound
 
 SIZE = 8 << 30
+# Beyond the largest pid_max: nobody has it.
+NO_PID = 2**22 + 1
 CREATED = 1_700_000_000.25
 
 
@@ -104,7 +106,7 @@ class FakeDaemon:
     def __init__(self, path):
         self.path = str(path)
         self.mount = "/mnt/live"
-        self.pid = 0
+        self.pid = NO_PID
         self.users = None
         self.events = Events()
         self.inventory = FakeInventory(self.events.emit)

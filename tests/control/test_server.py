@@ -196,6 +196,7 @@ async def test_only_the_owner_and_root_are_allowed(monkeypatch):
     assert not is_allowed(NOBODY)
 
 
+@pytest.mark.logs("control connection of uid")
 async def test_a_connection_of_another_user_is_refused(daemon, monkeypatch, caplog):
     monkeypatch.setattr(server, "is_allowed", lambda uid: uid != os.getuid())
 
@@ -207,7 +208,6 @@ async def test_a_connection_of_another_user_is_refused(daemon, monkeypatch, capl
     assert "may connect" in refusal["error"]["desc"]
     assert end is None
     assert f"uid {os.getuid()} refused" in caplog.text
-    caplog.clear()
 
 
 CONNECT = f"""
@@ -220,6 +220,7 @@ print(s.makefile().readline())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.logs("control connection of uid")
 async def test_another_user_is_refused_by_the_kernels_word(caplog):
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         os.chmod(directory, 0o755)
@@ -237,9 +238,9 @@ async def test_another_user_is_refused_by_the_kernels_word(caplog):
 
     assert "only uid 0 and root" in json.loads(done.stdout)["error"]["desc"]
     assert f"uid {NOBODY} refused" in caplog.text
-    caplog.clear()
 
 
+@pytest.mark.logs("control connection refused")
 async def test_one_connection_too_many_is_told_so(daemon, caplog):
     async with daemon.serving():
         peers = [await Peer.ready(daemon.path) for _ in range(CONNECTIONS_MAX)]
@@ -257,7 +258,6 @@ async def test_one_connection_too_many_is_told_so(daemon, caplog):
         assert "return" in still
         assert "return" in await later.ask("query-version")
     assert "refused: 32 are open" in caplog.text
-    caplog.clear()
 
 
 async def test_bad_lines_get_errors_and_the_connection_goes_on(daemon):

@@ -119,7 +119,8 @@ class Mount:
             self.kill()
         if error is None:
             assert complaint is None, f"had to be killed: {complaint}"
-            assert not self.unexpected_log()
+            unexpected = self.unexpected_log()
+            assert not unexpected, "logged, and not expected: " + "\n".join(unexpected)
 
     def _end(self) -> str | None:
         """Unmount, and return why that did not do, if so."""
@@ -340,14 +341,20 @@ def loop_device(path: Path, *options: str) -> Iterator[Path]:
     device = Path(run("losetup", "--find", "--show", *options, path).strip())
     try:
         yield device
-    finally:
+    except BaseException:
         run("losetup", "--detach", device)
-        # The kernel detaches when the last user has closed it.
-        backing = Path("/sys/block", device.name, "loop/backing_file")
-        wait_until(
-            lambda: not backing.exists() or backing.read_text().strip() != str(path),
-            f"the end of {device}",
-        )
+        raise
+    run("losetup", "--detach", device)
+    # The kernel detaches when the last user has closed it.
+    wait_until(lambda: _backing(device) != str(path), f"the end of {device}")
+
+
+def _backing(device: Path) -> str | None:
+    try:
+        text = Path("/sys/block", device.name, "loop/backing_file").read_text()
+    except OSError:
+        return None
+    return text.rstrip("\n")
 
 
 @contextmanager
