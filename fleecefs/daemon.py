@@ -6,6 +6,7 @@ beside them. It ends when the kernel says that the mount is gone, whoever unmoun
 then it saves its state.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -16,23 +17,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyfuse3
+import sdnotify
 import trio
 
-from fleecefs import __version__
+from fleecefs import __version__, logs
 from fleecefs.block.epoch import OnCbwError
 from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.events import Events
 from fleecefs.control.server import serving
-from fleecefs.errors import NotUsable
+from fleecefs.errors import Refused
 from fleecefs.fuse.channel import Channel
 from fleecefs.fuse.data import DataThreads
-from fleecefs.fuse.mount import abort, connection, read_ahead, unmount
+from fleecefs.fuse.mount import read_ahead, unmount
 from fleecefs.fuse.names import Names
 from fleecefs.inventory import RAM_LIMIT, Inventory, Options
+from fleecefs.killpoint import reached
 from fleecefs.state import runtime
 
 log = logging.getLogger(__name__)
+
+# The exit code that asks the keeper for the next daemon (keeper.py).
+RESTART = 75
+
+# What the kernel sends us when the keeper dies: prctl(2), PR_SET_PDEATHSIG.
+_KEEPER_GONE = signal.SIGUSR1
+_PR_SET_PDEATHSIG = 1
+# Our dirty pages are not throttled behind those of our own users: they would wait for
+# us (prctl(2), PR_SET_IO_FLUSHER; needs CAP_SYS_RESOURCE).
+_PR_SET_IO_FLUSHER = 57
 
 # How long the kernel may take to end a connection after the mount is gone.
 _END_SECONDS = 5.0
@@ -43,6 +55,7 @@ class Daemon:
 
     def __init__(self, settings: dict[str, Any], fuse_fd: int) -> None:
         self._mountpoint: str = settings["mount"]
+        self._log: str | None = settings["log"]
         self._started = time.time()
         self._events = Events()
         self._ended = trio.Event()
@@ -52,72 +65,101 @@ class Daemon:
             _options(settings),
             self._events.emit,
         )
-        self._channel = Channel(fuse_fd)
+        self._generation: int = settings["generation"]
+        self._channel = Channel(
+            fuse_fd,
+            self._inventory.runtime_path / "init",
+            is_first=self._generation == 0,
+        )
         self._inventory.invalidate = self._channel.invalidate
         self._data = DataThreads(self._channel, self._inventory.files)
-        self._names = Names(self._inventory, self._data.opened_by)
+        self._names = Names(self._inventory, self._channel.resent, self._data.opened_by)
 
-    def run(self, ready: Callable[[], None]) -> None:
-        """Serve until unmounted; call ready() when the mount is usable."""
+    def run(self, report: Callable[..., None]) -> None:
+        """Serve until unmounted; report what the keeper needs when it is usable."""
         runtime.announce(self._inventory.runtime_path, self._mountpoint)
-        pyfuse3.init(
-            self._names, f"/dev/fd/{self._channel.names_fd}", {"fsname=fleecefs"}
-        )
-        try:
-            trio.run(self._serve, ready)
-        finally:
-            pyfuse3.close(unmount=False)
+        with self._names.relayed(self._channel.names_fd):
+            trio.run(self._serve, report)
 
-    async def _serve(self, ready: Callable[[], None]) -> None:
+    async def _serve(self, report: Callable[..., None]) -> None:
         inventory = self._inventory
         self._events.start(trio.lowlevel.current_trio_token())
-        commands = Commands(inventory, Lifecycle(self._status, self._umount))
+        commands = Commands(
+            inventory, Lifecycle(self._status, self._umount, self._restart)
+        )
         control = str(runtime.control_socket(inventory.runtime_path))
         async with serving(control, commands, self._events):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(pyfuse3.main)
-                nursery.start_soon(self._end_on_signals)
+                nursery.start_soon(self._names.serve)
+                nursery.start_soon(self._obey_signals)
                 nursery.start_soon(_run_in_thread, self._channel.relay_answers)
-                nursery.start_soon(self._tell_ready, ready)
+                nursery.start_soon(self._tell_ready, report)
+                if self._generation > 0:
+                    self._channel.resend()
+                    reached("start.resent")
                 await _run_in_thread(self._data.run)
                 self._ended.set()
-                pyfuse3.terminate()
+                self._names.end()
                 self._channel.close_names()
                 nursery.cancel_scope.cancel()
             # Before the clients' connections end: who waited for that finds all saved.
             await trio.to_thread.run_sync(inventory.close)
             log.info("unmounted %s", self._mountpoint)
 
-    async def _tell_ready(self, ready: Callable[[], None]) -> None:
+    async def _tell_ready(self, report: Callable[..., None]) -> None:
         await _run_in_thread(self._channel.initialized.wait)
         read_ahead(self._mountpoint)
-        log.info("mounted %s", self._mountpoint)
-        ready()
+        log.info("daemon %d serves %s", self._generation, self._mountpoint)
+        report(
+            ready=True,
+            resend=self._channel.can_resend,
+            runtime=str(self._inventory.runtime_path),
+        )
+        notifier = sdnotify.SystemdNotifier()
+        notifier.notify(f"READY=1\nSTATUS=daemon {self._generation} serves")
+        while True:
+            notifier.notify("WATCHDOG=1")
+            await trio.sleep(_watchdog_seconds() / 2)
 
     # -- the end
 
-    async def _end_on_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    async def _obey_signals(self) -> None:
+        with trio.open_signal_receiver(
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _KEEPER_GONE
+        ) as signals:
             async for number in signals:
                 log.info("got %s", signal.Signals(number).name)
+                if number == signal.SIGHUP:
+                    logs.open_log(self._log)
+                    continue
                 try:
-                    await self._umount(force=False)
+                    # Without a keeper nobody would free our users if we died.
+                    await self._umount(force=number == _KEEPER_GONE)
                 except OSError as e:
                     log.error("not ended: %s", e.strerror)
+
+    async def _restart(self) -> None:
+        """Make room for the next daemon, which gets what is unanswered."""
+        if not self._channel.can_resend:
+            raise Refused("this kernel can not send requests again: Linux 6.9 can")
+        await trio.to_thread.run_sync(self._data.stop)
+        await trio.to_thread.run_sync(self._inventory.stop)
+        log.info("ending for the next daemon")
+        os._exit(RESTART)
 
     async def _umount(self, force: bool) -> None:
         """Unmount; the data threads end when the kernel tells them."""
         if not force:
             await trio.to_thread.run_sync(self._inventory.check_end)
-        control = connection(self._mountpoint)
         await trio.to_thread.run_sync(lambda: unmount(self._mountpoint, lazy=force))
         with trio.move_on_after(0 if force else _END_SECONDS):
             await self._ended.wait()
         if not self._ended.is_set():
             # Users that --force does not spare, or a copy of the mount in another
             # mount namespace, which would keep the disks here for ever.
+            # The keeper closes the descriptor when we have ended: then they get errors.
             log.warning("cut off whoever still uses %s", self._mountpoint)
-            await trio.to_thread.run_sync(abort, control)
+            await trio.to_thread.run_sync(self._data.stop)
 
     # -- for the control socket
 
@@ -131,7 +173,7 @@ class Daemon:
             "version": __version__,
             "pid": os.getpid(),
             "keeper-pid": os.getppid(),
-            "generation": 0,
+            "generation": self._generation,
             "started": self._started,
             "policy": {
                 "on-cbw-error": options.on_cbw_error.value,
@@ -145,6 +187,11 @@ class Daemon:
             },
             "ram": inventory.budgets.ram.statistics(),
         }
+
+
+def _watchdog_seconds() -> float:
+    """Return how long systemd waits for a sign of life (sd_watchdog_enabled(3))."""
+    return int(os.environ.get("WATCHDOG_USEC", 60_000_000)) / 1e6
 
 
 async def _run_in_thread(function: Callable[[], object]) -> None:
@@ -164,25 +211,15 @@ def _options(settings: dict[str, Any]) -> Options:
     )
 
 
-def _log_to(path: str | None) -> None:
-    """Log to a file, or to stderr; what Python itself says goes there too."""
-    if path is not None:
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        except OSError as e:
-            raise NotUsable(f"log {path}: {e.strerror}") from None
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.close(fd)
-
-
 def main() -> int:
     """Run as the keeper starts it: daemon.py FUSE_FD REPORT_FD, settings on stdin."""
     fuse_fd, report_fd = int(sys.argv[1]), int(sys.argv[2])
     settings = json.load(sys.stdin)
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO
-    )
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, _KEEPER_GONE, 0, 0, 0)
+    libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+    if os.getppid() != settings["keeper"]:
+        return 1
 
     def report(**what: object) -> None:
         os.write(report_fd, json.dumps(what).encode() + b"\n")
@@ -190,11 +227,11 @@ def main() -> int:
 
     try:
         daemon = Daemon(settings, fuse_fd)
-        _log_to(settings["log"])
+        logs.open_log(settings["log"])
     except OSError as e:
-        report(error=str(e), code=e.errno)
+        report(error=e.strerror or str(e))
         return 1
-    daemon.run(lambda: report(ready=True))
+    daemon.run(report)
     return 0
 
 

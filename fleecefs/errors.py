@@ -98,3 +98,9 @@ class Abandoned(Exception):
 
     Not an OSError: nobody waits for an answer any more, and none may be given.
     """
+
+
+def describe(error: OSError) -> str:
+    """Return what went wrong and with which file, for people: no errno, no quotes."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text

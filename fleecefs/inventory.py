@@ -8,9 +8,11 @@ crash must not make untrue (state/directory.py).
 never by a data thread.
 """
 
+import contextlib
 import logging
 import os
 import queue
+import shutil
 import stat
 import threading
 import time
@@ -33,7 +35,8 @@ from fleecefs.block.raw import RawImage
 from fleecefs.block.requests import Requests
 from fleecefs.block.snapshot import Snapshot
 from fleecefs.block.store import Budget
-from fleecefs.errors import NameTaken, NoSpace, NotFound, NotUsable
+from fleecefs.errors import NameTaken, NoSpace, NotFound, NotUsable, describe
+from fleecefs.killpoint import reached
 from fleecefs.state import runtime
 from fleecefs.state.directory import (
     DiskRecord,
@@ -124,7 +127,10 @@ class Inventory:
         # Snapshots that broke under a guest's write; None ends the thread.
         self._broken: queue.SimpleQueue[tuple[Disk, Epoch, str] | None]
         self._broken = queue.SimpleQueue()
-        self._recorder = threading.Thread(target=self._record_broken, name="recorder")
+        # A daemon thread: nobody is left to end it if the daemon fails.
+        self._recorder = threading.Thread(
+            target=self._record_broken, name="recorder", daemon=True
+        )
 
     # -- begin and end
 
@@ -145,12 +151,19 @@ class Inventory:
         if options.store is not None and not options.store.is_dir():
             raise NotUsable(f"store {options.store}: no such directory; make it")
         directory = StateDirectory.open(state_path)
-        state = directory.load() or new_state(runtime.boot_id())
-        self = cls(directory, state, options, emit)
+        try:
+            state = directory.load() or new_state(runtime.boot_id())
+            self = cls(directory, state, options, emit)
+        except BaseException:
+            directory.close()
+            raise
         try:
             self._load(sources)
         except BaseException:
             self._close_files()
+            # Only if it is empty: the bits of a daemon that crashed are kept there.
+            with contextlib.suppress(OSError):
+                self.runtime_path.rmdir()
             raise
         self._recorder.start()
         return self
@@ -158,19 +171,44 @@ class Inventory:
     def _load(self, sources: dict[str, Path]) -> None:
         state = self._state
         is_same_boot = state.boot_id == runtime.boot_id()
+        state.snapshots = [entry for entry in state.snapshots if entry.is_created]
+        lost = set(self._lost_files())
         self._forget_disks(set(sources))
         for name, path in sources.items():
             self._add_disk(name, path)
-        state.snapshots = [entry for entry in state.snapshots if entry.is_created]
         for record in state.disks:
             self._load_epochs(record, is_same_boot)
         for snapshot in state.snapshots:
             self._add_group(snapshot)
+        for name, disk_name, reason in set(self._lost_files()) - lost:
+            log.error("snapshot %s of %s is broken: %s", name, disk_name, reason)
+        reached("start.loaded")
         state.is_clean = False
         state.boot_id = runtime.boot_id()
         self._save()
+        reached("start.saved")
         for disk in self.disks.values():
             self._collect(disk)
+        self._remove_orphans()
+
+    def _lost_files(self) -> Iterable[tuple[str, str, str]]:
+        """Yield each broken part of a snapshot: snapshot, disk and reason."""
+        for snapshot in self._state.snapshots:
+            for file in snapshot.files:
+                if file.lost is not None:
+                    yield snapshot.name, file.disk, file.lost
+
+    def _remove_orphans(self) -> None:
+        """Remove epochs of which the state knows nothing: a crash left them."""
+        known = {
+            (record.name, f"{entry.number:04}")
+            for record in self._state.disks
+            for entry in record.epochs
+        }
+        for base in {self.state_path, self.runtime_path, self._store_base}:
+            for path in base.glob("disks/*/epochs/*"):
+                if (path.parts[-3], path.name) not in known:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _forget_disks(self, names: set[str]) -> None:
         """Drop disks of the state that are not mounted now, if nothing is lost."""
@@ -292,8 +330,7 @@ class Inventory:
                 try:
                     epoch = files.load(policy, is_clean=self._state.is_clean)
                 except OSError as e:
-                    reason = str(e)
-                    log.error("disk %s: %s", record.name, reason)
+                    reason = describe(e)
             if reason is not None:
                 # It keeps its place until it is retired with its snapshot.
                 epoch = gone(entry.number, reason, files.remove)
@@ -318,6 +355,10 @@ class Inventory:
             budgets=self.budgets,
         )
 
+    def stop(self) -> None:
+        """Finish what is being changed, and change nothing any more."""
+        self._control.acquire()
+
     def close(self) -> None:
         """Save everything; nobody reads or writes any more."""
         self._broken.put(None)
@@ -327,22 +368,36 @@ class Inventory:
                 try:
                     files.save(epoch)
                 except OSError as e:
-                    self._lose_at_end(epoch, str(e))
+                    self._lose_at_end(epoch, describe(e))
             for record in self._state.disks:
-                disk = self.disks[record.name]
-                try:
-                    disk.flush()
-                except OSError as e:
-                    log.error("disk %s: %s", record.name, e.strerror)
-                # All of it, times too: they tell whether it changes from now on.
-                os.fsync(self._sources[disk.id].fd)
-                status = self._sources[disk.id].status()
-                record.source_inode = status.st_ino
-                record.source_mtime_ns = status.st_mtime_ns
+                self._settle_source(record)
             self._state.is_clean = True
-            self._save()
-            runtime.remove(self.runtime_path)
+            try:
+                self._save()
+                runtime.remove(self.runtime_path)
+            except OSError as e:
+                # As after a crash: what is in the runtime directory counts.
+                log.error(
+                    "state %s: could not be saved: %s; snapshots last until the host "
+                    "goes down",
+                    self.state_path,
+                    describe(e),
+                )
             self._close_files()
+
+    def _settle_source(self, record: DiskRecord) -> None:
+        """Make a source durable, and remember what it looks like."""
+        disk = self.disks[record.name]
+        source = self._sources[disk.id]
+        try:
+            disk.flush()
+            # All of it, times too: they tell whether it changes from now on.
+            os.fsync(source.fd)
+        except OSError as e:
+            log.error("disk %s: %s", record.name, describe(e))
+        status = source.status()
+        record.source_inode = status.st_ino
+        record.source_mtime_ns = status.st_mtime_ns
 
     def _lose_at_end(self, epoch: Epoch, reason: str) -> None:
         for disk in self.disks.values():
@@ -364,6 +419,16 @@ class Inventory:
             live = {epoch.number for epoch in self.disks[record.name].history.epochs}
             record.epochs = [e for e in record.epochs if e.number in live]
         self._directory.save(self._state)
+
+    def _save_gone(self) -> None:
+        """Save that epochs or snapshots are gone, if possible.
+
+        They are gone in any case: who loads a state that still has them finds no files.
+        """
+        try:
+            self._save()
+        except OSError as e:
+            log.error("state %s: could not be saved: %s", self.state_path, describe(e))
 
     # -- snapshots
 
@@ -388,15 +453,18 @@ class Inventory:
                 # Ahead of the instant: what is overwritten afterwards may be kept in
                 # these epochs only, also for older snapshots.
                 self._directory.save(self._state)
+                reached("create.saved")
                 begin = time.monotonic_ns()
                 freeze(chosen, epochs)
+                reached("create.frozen")
+                record.held_ns = time.monotonic_ns() - begin
+                record.created_ns = time.time_ns()
+                record.is_created = True
+                self._save()
+                reached("create.recorded")
             except BaseException:
                 self._undo_create(chosen, epochs, record)
                 raise
-            record.held_ns = time.monotonic_ns() - begin
-            record.created_ns = time.time_ns()
-            record.is_created = True
-            self._save()
             group = self._add_group(record)
         self._emit(
             "FLEECEFS_SNAPSHOT_CREATED",
@@ -415,6 +483,13 @@ class Inventory:
         )
         return group
 
+    @property
+    def _store_base(self) -> Path:
+        """Where this state's directories are in the store."""
+        if self.options.store is None:
+            return self.state_path
+        return self.options.store / self._state.id
+
     def _choose(self, names: Sequence[str] | None) -> list[Disk]:
         if names is None:
             return list(self.disks.values())
@@ -431,8 +506,7 @@ class Inventory:
         record = self._disk_record(disk.name)
         assert record is not None
         place = Path("disks", disk.name, "epochs", f"{record.next_epoch:04}")
-        base = self.options.store and self.options.store / self._state.id
-        entry = EpochRecord(record.next_epoch, str((base or self.state_path) / place))
+        entry = EpochRecord(record.next_epoch, str(self._store_base / place))
         record.next_epoch += 1
         files = self._files_of(record, entry)
         try:
@@ -465,7 +539,7 @@ class Inventory:
             else:
                 epoch.drop()
                 del self._epoch_files[epoch]
-        self._save()
+        self._save_gone()
 
     def _add_group(self, record: SnapshotRecord) -> SnapshotGroup:
         snapshots = {}
@@ -504,6 +578,7 @@ class Inventory:
             except OSError:
                 self._state.snapshots.append(group.record)
                 raise
+            reached("delete.saved")
             del self.snapshots[name]
             for file in group.record.files:
                 del self.files[file.inode]
@@ -511,8 +586,10 @@ class Inventory:
                 epoch = group.snapshots[file.disk].epoch
                 disk.history.retire(epoch, "the snapshot has been deleted")
                 self.invalidate(file.inode)
+                reached("delete.retired")
                 self._collect(disk)
-            self._save()
+                reached("delete.collected")
+            self._save_gone()
             self.changed_ns = time.time_ns()
         self._emit("FLEECEFS_SNAPSHOT_DELETED", {"name": name})
         log.info("snapshot %s deleted", name)
@@ -536,11 +613,7 @@ class Inventory:
             disk, epoch, reason = item
             with self._control:
                 name = self._note_lost(disk, epoch)
-                try:
-                    self._save()
-                except OSError as e:
-                    # Not lost: the live bits say it too, until the next save.
-                    log.error("state %s: %s", self.state_path, e.strerror)
+                self._save_gone()
                 self._collect(disk)
             if name is not None:
                 log.error("snapshot %s of %s is broken: %s", name, disk.name, reason)

@@ -1,19 +1,30 @@
 """The keeper: a tiny parent that owns the /dev/fuse descriptor.
 
-It mounts, starts the daemon with the descriptor, and waits. It never touches its own
-mount. Standard library only, no threads: it has to stay alive when all else fails.
+It mounts, starts the daemon with the descriptor, and waits. When the daemon dies it
+starts the next one, which gets every unanswered request again: the mount's users see a
+pause. It never touches its own mount. Standard library only, no threads: it has to stay
+alive when all else fails.
 
-`launch` is what `fleecefs mount` calls: it starts a keeper and waits until the mount is
-usable. The keeper is told on stdin what to mount, and reports one line of JSON.
+It gives up when that can not help: five daemons in a row that died as soon as they
+served, within 30 s (a request may be the reason), 60 s without a daemon, or a kernel
+that can not send requests again (before 6.9). Then it closes the descriptor, which
+frees whoever waits, unmounts, and says why.
+
+`launch` is what `fleecefs mount` calls. The settings come on stdin as JSON; the daemon
+reports in lines of JSON on a pipe, and the keeper passes the first one to the launcher.
 """
 
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-from typing import Any
+import syslog
+import time
+from pathlib import Path
+from typing import Any, NoReturn
 
 from fleecefs.errors import Error
 from fleecefs.fuse.mount import check_mountpoint, mount, unmount
@@ -21,25 +32,39 @@ from fleecefs.fuse.mount import check_mountpoint, mount, unmount
 # -P: a file of the current directory must not be taken for a module of ours.
 _PYTHON = [sys.executable, "-P", "-m"]
 
+# Instead of a log file: the journal, or whoever reads /dev/log (logs.py).
+JOURNAL = "journal"
+
+# A daemon that ends so wants the next one to take over: an upgrade.
+RESTART = 75
+
+# Where the keeper says why it gave up, in the runtime directory (state/runtime.py).
+LAST_WORDS = "gave-up"
+
+_CRASHES_MAX = 5
+_CRASHES_SECONDS = 30.0
+# A daemon that has served for so long did not die of what the one before it died of.
+_SETTLED_SECONDS = 0.5
+_WITHOUT_DAEMON_SECONDS = 60.0
+
 
 class LaunchFailed(Error):
     """The mount did not become usable."""
 
 
-def launch(settings: dict[str, Any], foreground: bool) -> None:
-    """Start a keeper and return when the mount is usable, or, in the foreground, ended.
+def launch(settings: dict[str, Any]) -> None:
+    """Start a keeper, and return when the mount is usable.
 
     Raises LaunchFailed with what the keeper or the daemon said.
     """
     ours, theirs = os.pipe()
-    output = None if foreground else subprocess.DEVNULL
     keeper = subprocess.Popen(
         [*_PYTHON, "fleecefs.keeper", str(theirs)],
         stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=output,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         pass_fds=[theirs],
-        start_new_session=not foreground,
+        start_new_session=True,
         cwd="/",
     )
     os.close(theirs)
@@ -49,38 +74,40 @@ def launch(settings: dict[str, Any], foreground: bool) -> None:
     with open(ours, "rb") as reports:
         line = reports.readline()
     if not line:
-        raise LaunchFailed(
-            f"the daemon ended while it started; see {settings['log'] or 'above'}"
-        )
+        raise LaunchFailed(f"the daemon ended as it started; see {settings['log']}")
     said = json.loads(line)
     if "error" in said:
         keeper.wait()
         raise LaunchFailed(said["error"])
-    if foreground:
-        _wait_in_foreground(keeper)
 
 
-def _wait_in_foreground(keeper: subprocess.Popen[bytes]) -> None:
-    """Wait for the keeper; Ctrl-C reaches it by itself, as it is in our group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: keeper.terminate())
-    if keeper.wait():
-        raise LaunchFailed("the daemon failed, and the mount is gone")
+def stay(settings: dict[str, Any]) -> NoReturn:
+    """Become the keeper: for the foreground, where a supervisor looks at us."""
+    read, write = os.pipe()
+    os.write(write, json.dumps(settings).encode())
+    os.close(write)
+    os.dup2(read, 0)
+    os.chdir("/")
+    os.execv(sys.executable, [*_PYTHON, "fleecefs.keeper", "-1"])
 
 
 class Keeper:
     """One mount and the daemon that serves it."""
 
-    def __init__(self, settings: dict[str, Any], report_fd: int) -> None:
+    def __init__(self, settings: dict[str, Any], launcher_fd: int) -> None:
         self._settings = settings
         self._mountpoint: str = settings["mount"]
-        self._report_fd = report_fd
+        self._launcher_fd = launcher_fd
         self._fuse_fd = -1
         self._daemon: subprocess.Popen[bytes] | None = None
+        self._generation = 0
+        self._crashes: list[float] = []
+        # What the daemon said when it became ready; None before.
+        self._ready: dict[str, Any] | None = None
 
     def run(self) -> int:
         """Mount, and keep a daemon running until it is unmounted."""
-        for number in signal.SIGTERM, signal.SIGINT:
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
             signal.signal(number, self._pass_on)
         try:
             check_mountpoint(self._mountpoint)
@@ -88,34 +115,148 @@ class Keeper:
                 self._mountpoint, allow_other=self._settings["allow_other"]
             )
         except OSError as e:
-            self._report(str(e))
+            self._tell_launcher({"error": str(e)})
             return 1
-        self._start()
-        os.close(self._report_fd)
-        assert self._daemon is not None
-        code = self._daemon.wait()
+        reason = self._keep_running()
         # Frees whoever still waits for an answer.
         os.close(self._fuse_fd)
         unmount(self._mountpoint, lazy=True)
-        return 1 if code else 0
+        if reason is None:
+            return 0
+        if self._ready is not None:
+            self._say(reason, Path(self._ready["runtime"]))
+        return 1
 
-    def _start(self) -> None:
+    def _keep_running(self) -> str | None:
+        """Start daemons until one ends well; return why the keeper gave up, or None."""
+        without_since = time.monotonic()
+        while True:
+            reports = self._start()
+            ready_at = self._wait_ready(reports, without_since)
+            if ready_at is None and self._is_overdue(without_since):
+                assert self._daemon is not None
+                self._daemon.kill()
+                self._daemon.wait()
+                return f"no daemon for {_WITHOUT_DAEMON_SECONDS:g} s"
+            code = self._wait_end(reports)
+            if code == 0:
+                return None
+            if self._ready is None:
+                return "the daemon could not start"
+            self._generation += 1
+            if ready_at is not None:
+                without_since = time.monotonic()
+            if code == RESTART:
+                continue
+            reason = self._reason_to_give_up(ready_at, code)
+            if reason is not None:
+                return reason
+
+    def _start(self) -> int:
+        """Start a daemon; return the descriptor its reports come from."""
+        reports, theirs = os.pipe()
+        settings = self._settings | {
+            "generation": self._generation,
+            "keeper": os.getpid(),
+        }
         self._daemon = subprocess.Popen(
-            [*_PYTHON, "fleecefs.daemon", str(self._fuse_fd), str(self._report_fd)],
+            [*_PYTHON, "fleecefs.daemon", str(self._fuse_fd), str(theirs)],
             stdin=subprocess.PIPE,
-            pass_fds=[self._fuse_fd, self._report_fd],
+            pass_fds=[self._fuse_fd, theirs],
         )
+        os.close(theirs)
         assert self._daemon.stdin is not None
         with self._daemon.stdin, contextlib.suppress(BrokenPipeError):
-            self._daemon.stdin.write(json.dumps(self._settings).encode())
+            self._daemon.stdin.write(json.dumps(settings).encode())
+        return reports
+
+    def _wait_ready(self, reports: int, since: float) -> float | None:
+        """Wait for the daemon's report; return when it became ready, None if never."""
+        data = b""
+        while not data.endswith(b"\n"):
+            left = since + _WITHOUT_DAEMON_SECONDS - time.monotonic()
+            if not select.select([reports], [], [], max(0, left))[0]:
+                return None
+            part = os.read(reports, 65536)
+            if not part:
+                return None
+            data += part
+        said: dict[str, Any] = json.loads(data)
+        self._tell_launcher(said)
+        if "ready" not in said:
+            if self._ready is not None:
+                self._log("ERROR", said["error"])
+            return None
+        self._ready = said
+        return time.monotonic()
+
+    def _wait_end(self, reports: int) -> int:
+        assert self._daemon is not None
+        try:
+            return self._daemon.wait()
+        finally:
+            os.close(reports)
+
+    def _is_overdue(self, since: float) -> bool:
+        return time.monotonic() - since >= _WITHOUT_DAEMON_SECONDS
+
+    def _reason_to_give_up(self, ready_at: float | None, code: int) -> str | None:
+        assert self._ready is not None
+        now = time.monotonic()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if not self._ready["resend"]:
+            return (
+                f"the daemon died ({how}), and this kernel can not send requests again"
+            )
+        if ready_at is not None and now - ready_at >= _SETTLED_SECONDS:
+            self._crashes.clear()
+        self._crashes.append(now)
+        if (
+            len(self._crashes) >= _CRASHES_MAX
+            and now - self._crashes[-_CRASHES_MAX] <= _CRASHES_SECONDS
+        ):
+            return f"{_CRASHES_MAX} daemons in a row died as they started ({how})"
+        self._log("WARNING", f"the daemon died ({how}); starting the next one")
+        return None
 
     def _pass_on(self, number: int, frame: object) -> None:
-        """Let the daemon end: it finishes what is running and unmounts."""
+        """Let the daemon end, or open its log again."""
         if self._daemon is not None:
-            self._daemon.send_signal(signal.SIGTERM)
+            is_end = number != signal.SIGHUP
+            self._daemon.send_signal(signal.SIGTERM if is_end else signal.SIGHUP)
 
-    def _report(self, error: str) -> None:
-        os.write(self._report_fd, json.dumps({"error": error}).encode() + b"\n")
+    # -- what people hear
+
+    def _tell_launcher(self, said: dict[str, Any]) -> None:
+        """Pass on how the start went, to whoever waits for that."""
+        if self._launcher_fd >= 0:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._launcher_fd, json.dumps(said).encode() + b"\n")
+            os.close(self._launcher_fd)
+            self._launcher_fd = -1
+        elif self._generation == 0 and "error" in said:
+            print(f"fleecefs: {said['error']}", file=sys.stderr)
+
+    def _say(self, reason: str, runtime: Path) -> None:
+        """Say why the keeper gave up: in the log, and for `fleecefs status`."""
+        self._log("ERROR", f"gave up {self._mountpoint}: {reason}")
+        with contextlib.suppress(FileNotFoundError):
+            (runtime / LAST_WORDS).write_text(reason)
+
+    def _log(self, level: str, text: str) -> None:
+        milliseconds = int(time.time() * 1000) % 1000
+        now = time.strftime("%Y-%m-%d %H:%M:%S") + f",{milliseconds:03}"
+        line = f"{now} {level} keeper: {text}\n"
+        path = self._settings["log"]
+        if path is None:
+            sys.stderr.write(line)
+            return
+        if path == JOURNAL:
+            syslog.openlog("fleecefs", syslog.LOG_PID)
+            syslog.syslog(f"{level} keeper: {text}")
+            return
+        with contextlib.suppress(OSError), open(path, "a") as file:
+            file.write(line)
 
 
 def main() -> int:

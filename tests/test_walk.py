@@ -1133,6 +1133,7 @@ def test_full_store_breaks_the_snapshots_and_the_guest_goes_on(
         paths = [mount.snapshot(name, "a.raw") for name in ("old", "new")]
 
         with mount.events() as events, opened(paths[0]) as old, opened(paths[1]) as new:
+            assert os.pread(old, 10, 0) == noise(size)[:10]
             write(mount.live("a.raw"), bytes(size), 0)
             assert refusal(lambda: os.pread(old, 10, 0)) == "EIO"
             assert refusal(lambda: os.pread(new, 10, size - 10)) == "EIO"
@@ -1177,10 +1178,10 @@ def test_full_store_fails_the_guests_write_and_keeps_the_snapshots(
         )
         mount.create("old")
         model.freeze("old")
-        written, refused = overwrite(mount.live("a.raw"), model)
+        assert overwrite(mount.live("a.raw"), model, 3) == (3, 0)
         mount.create("new")
         model.freeze("new")
-        overwrite(mount.live("a.raw"), model)
+        written, refused = overwrite(mount.live("a.raw"), model)
 
         assert written > 0
         assert refused > 0
@@ -1195,14 +1196,15 @@ def test_full_store_fails_the_guests_write_and_keeps_the_snapshots(
             assert path.read_bytes() == model.snapshots[name]
             mount.delete(name)
         assert overwrite(mount.live("a.raw"), model) == (64, 0)
+        assert mount.live("a.raw").read_bytes() == model.data
         mount.umount()
 
 
-def overwrite(live: Path, model: DiskModel) -> tuple[int, int]:
-    """Write to all parts of a disk; return how many there was space for, and not."""
+def overwrite(live: Path, model: DiskModel, count: int = 64) -> tuple[int, int]:
+    """Write to parts of a disk; return for how many there was space, and not."""
     written = refused = 0
     with opened(live, os.O_WRONLY) as fd:
-        for offset in range(0, model.size, 64 * KiB):
+        for offset in range(0, count * 64 * KiB, 64 * KiB):
             data = noise(64 * KiB, offset)
             try:
                 assert os.pwrite(fd, data, offset) == len(data)
@@ -1288,6 +1290,7 @@ def test_hanging_store_breaks_the_snapshot_and_the_guest_goes_on(
         live, path = mount.live("a.raw"), mount.snapshot("s", "a.raw")
 
         with opened(path) as fd, frozen(point):
+            assert os.pread(fd, 10, 0) == noise(MiB)[:10]
             writers = Writers(live, writes)
             assert read(live, 100, MiB - 100) == model.data[-100:]
             assert writers.wait(10) == [None] * len(OFFSETS)
@@ -1308,6 +1311,7 @@ def test_hanging_store_breaks_the_snapshot_and_the_guest_goes_on(
         assert mount.snapshot("next", "a.raw").read_bytes() == model.data
         mount.umount()
         assert mount.sources["a.raw"].read_bytes() == bytes(MiB)
+        assert mount.unexpected_log() == []
 
 
 @hanging_parts
@@ -1337,3 +1341,4 @@ def test_hanging_store_fails_the_guests_write_and_keeps_the_snapshot(
         mount.remount()
         assert path.read_bytes() == noise(MiB)
         mount.umount()
+        assert mount.unexpected_log() == []

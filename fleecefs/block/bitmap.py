@@ -17,6 +17,7 @@ from uuid import UUID
 from bitarray import bitarray
 
 from fleecefs.errors import NotUsable
+from fleecefs.killpoint import reached
 
 PAGE = 4096
 
@@ -148,7 +149,9 @@ def replace_file(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+    reached("replace.written")
     temporary.replace(path)
+    reached("replace.renamed")
     sync_directory(path.parent)
 
 

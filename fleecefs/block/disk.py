@@ -16,6 +16,7 @@ from fleecefs.block.extent import Mapped, clip, pieces
 from fleecefs.block.image import Image, mapped_at
 from fleecefs.block.requests import Requests
 from fleecefs.errors import FlushFailed, NoSpace
+from fleecefs.killpoint import reached
 from fleecefs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
@@ -89,8 +90,10 @@ class Disk:
         try:
             if history.newest is not None:
                 history.preserve(offset, end)
+            reached("write.preserved")
             self.writes += 1
             written = self.source.pwrite(data, offset)
+            reached("write.written")
             if durable:
                 self.flush()
             return written

@@ -35,6 +35,7 @@ from fleecefs.block.image import Image
 from fleecefs.block.requests import Copy, Requests
 from fleecefs.block.store import COPY_SIZE_MAX, Store, runs
 from fleecefs.errors import Abandoned, TimedOut
+from fleecefs.killpoint import reached
 
 
 class OnCbwError(enum.Enum):
@@ -182,6 +183,7 @@ class History:
             if failure is None:
                 if self.newest is not None:
                     self.newest.preserved[copy.first : copy.stop] = 1
+                reached("copy.marked")
                 return not requests.readers
         self._fail(copy.first, copy.stop, failure)
         return False
@@ -200,7 +202,9 @@ class History:
             # for this copy, or for `expire` to abandon it.
             if copy.abandoned:
                 return
+            reached("copy.read")
             newest.store.put(data, first)
+            reached("copy.stored")
             self.copied += length
             found = newest.preserved.find(0, end, stop)
             first = found if found >= 0 else stop
@@ -272,6 +276,7 @@ class History:
         reason = f"could not preserve: {error.strerror or error}"
         for epoch in needing:
             epoch.lose(reason)
+            reached("break.marked")
             self._retire(epoch)
         if self.newest is not None:
             # Whoever is still good has them, or has given them up.
@@ -394,8 +399,12 @@ class History:
 
         Readers that still use it keep its files open, and look at `lost` afterwards.
         """
-        while self._garbage:
-            self._garbage.pop(0)()
+        while free := self._next_garbage():
+            free()
+
+    def _next_garbage(self) -> Callable[[], None] | None:
+        with self.requests.lock:
+            return self._garbage.pop(0) if self._garbage else None
 
 
 def _free(store: Store, clusters: bitarray) -> None:

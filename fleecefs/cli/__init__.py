@@ -14,6 +14,7 @@ from fleecefs.cli.events import events
 from fleecefs.cli.map import map_file
 from fleecefs.cli.mount import mount
 from fleecefs.cli.options import mount_option_of_program
+from fleecefs.cli.restart import restart
 from fleecefs.cli.snapshot import snapshot
 from fleecefs.cli.status import status
 from fleecefs.cli.umount import umount
@@ -42,5 +43,14 @@ def main() -> None:
     """
 
 
-for command in (mount, umount, status, events, map_file, snapshot, completion):
+for command in (
+    mount,
+    umount,
+    restart,
+    status,
+    events,
+    map_file,
+    snapshot,
+    completion,
+):
     main.add_command(command)

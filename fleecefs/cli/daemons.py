@@ -4,7 +4,6 @@ The mount itself is never looked at: its daemon may hang, and who stats the moun
 would hang with it.
 """
 
-import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -73,7 +72,17 @@ def resolve(path: str) -> str:
 
 
 def _serving(mount: str, running: "list[RunningMount]") -> "RunningMount":
+    from fleecefs.fuse.mount import mounts
+    from fleecefs.state.runtime import last_words
+
     names = {os.path.abspath(mount), resolve(mount)}
-    with contextlib.suppress(StopIteration):
-        return next(each for each in running if each.mount in names)
+    for each in running:
+        if each.mount in names:
+            return each
+    for name in names:
+        reason = last_words(name)
+        if reason is not None:
+            raise NotFound(f"no daemon serves {mount}: its keeper gave up: {reason}")
+    if names.intersection(mounts()):
+        raise NotFound(f"{mount} has lost its daemon: use 'fleecefs umount {mount}'")
     raise NotFound(f"no daemon serves {mount}: start one with 'fleecefs mount'")

@@ -142,7 +142,7 @@ def mount(
     Example:
       fleecefs mount --disk web.raw=/dev/vg/web --disk /images/db.raw /mnt/live
     """
-    from fleecefs.keeper import launch
+    from fleecefs.keeper import launch, stay
     from fleecefs.state.directory import default_path
 
     where = resolve(mount)
@@ -162,4 +162,6 @@ def mount(
         "allow_other": allow_other,
         "log": log,
     }
-    launch(settings, foreground)
+    if foreground:
+        stay(settings)
+    launch(settings)

@@ -54,12 +54,10 @@ def _processes(answer: "Status") -> str:
 
 
 def _use(space: "StoreUse | RamUse") -> str:
-    limit = (
-        "no limit" if space["limit"] is None else f"of {format_size(space['limit'])}"
-    )
+    limit = space["limit"]
     return (
-        f"{format_size(space['used'])} used, {limit},"
-        f" at most {format_size(space['peak'])} until now"
+        f"{format_size(space['used'])} used, peak {format_size(space['peak'])},"
+        f" {'no limit' if limit is None else f'limit {format_size(limit)}'}"
     )
 
 

@@ -23,8 +23,8 @@ def format_time(seconds: float) -> str:
 def format_duration(seconds: float) -> str:
     """Return a duration for people."""
     if seconds < 1:
-        return f"{seconds * 1000:.3g} ms"
-    return f"{seconds:.3g} s"
+        return f"{seconds * 1000:.2g} ms"
+    return f"{seconds:.1f} s"
 
 
 def print_json(value: object) -> None:
@@ -53,4 +53,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         # Text, so that a name like [red] is a name.
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import select
 import subprocess
 import time
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from fleecefs.cli.daemons import choose, resolve
+from fleecefs.cli import daemons
 from fleecefs.cli.options import complete_mounts
 from fleecefs.cli.text import printable
 from fleecefs.errors import Busy, NotFound, TimedOut
@@ -32,28 +31,18 @@ def umount(force: bool, mount: str) -> None:
 
     Refused while files are in use, unless --force is given.
     """
+    from fleecefs.fuse.mount import mounts
+
     try:
-        running = choose(mount)
+        running = daemons.choose(mount)
     except NotFound:
-        path = resolve(mount)
-        if path not in abandoned_mounts():
+        path = daemons.resolve(mount)
+        if path not in mounts():
             raise
         _unmount_abandoned(path, force)
         click.echo(f"{printable(path)} had lost its daemon, and is unmounted now")
         return
     _end(running, force)
-
-
-def abandoned_mounts() -> list[str]:
-    """Return where fleecefs is mounted according to the kernel, daemon or not."""
-    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
-        mounts = [line.split(" ") for line in file]
-    return [_unescape(each[1]) for each in mounts if each[2] == "fuse.fleecefs"]
-
-
-def _unescape(path: str) -> str:
-    """Undo the kernel's escapes, like \\040 for a space (fstab(5))."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
 def _unmount_abandoned(path: str, force: bool) -> None:

@@ -32,6 +32,8 @@ class Lifecycle(NamedTuple):
     # Takes force. Returns when the daemon has decided to end and may be answered;
     # raises OSError if it will not.
     umount: Callable[[bool], Awaitable[None]]
+    # Does not return: the next daemon takes over, and connections are lost.
+    restart: Callable[[], Awaitable[None]]
 
 
 class Argument(NamedTuple):
@@ -81,6 +83,7 @@ class Commands:
             "query-commands": Command(self._query_commands, {}),
             "query-version": Command(self._query_version, {}),
             "quit": Command(self._umount, {}),
+            "fleecefs-restart": Command(self._restart, {}),
             "fleecefs-status": Command(self._status, {}),
             "fleecefs-snapshot-create": Command(
                 self._snapshot_create, {"name": STRING, "disks": _optional(STRINGS)}
@@ -156,6 +159,10 @@ class Commands:
                 f"Parameter 'count' expects a value from 1 to {MAP_COUNT_MAX}"
             )
         return await trio.to_thread.run_sync(self._inventory.map, file, offset, count)
+
+    async def _restart(self) -> Message:
+        await self._lifecycle.restart()
+        return {}
 
     async def _umount(self, force: bool = False) -> Message:
         await self._lifecycle.umount(force)

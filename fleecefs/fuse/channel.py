@@ -11,7 +11,9 @@ import logging
 import os
 import socket
 import threading
+from pathlib import Path
 
+from fleecefs.block.bitmap import replace_file
 from fleecefs.fuse import wire
 
 log = logging.getLogger(__name__)
@@ -21,12 +23,23 @@ _SOCKET_BUFFER = 4 << 20
 
 
 class Channel:
-    """One FUSE connection. `names_fd` is the end for pyfuse3: mount `/dev/fd/N`."""
+    """One FUSE connection. `names_fd` is the end for pyfuse3: mount `/dev/fd/N`.
 
-    def __init__(self, fuse_fd: int) -> None:
+    The answer to INIT is kept in a file, for the daemons after this one.
+    """
+
+    def __init__(self, fuse_fd: int, init_path: Path, *, is_first: bool) -> None:
         self.fd = fuse_fd
-        self.init: wire.Init | None = None
         self.initialized = threading.Event()
+        # Names of MKDIR and RMDIR requests that an earlier daemon may have carried out.
+        self.resent: set[tuple[int, bytes]] = set()
+        self._init_path = init_path
+        self._init_reply = b""
+        if is_first:
+            init_path.unlink(missing_ok=True)
+        elif init_path.exists():
+            self._init_reply = init_path.read_bytes()
+            self.initialized.set()
         self._ours, self._theirs = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET
         )
@@ -39,12 +52,28 @@ class Channel:
 
     def initialize(self, request: bytearray, unique: int) -> None:
         """Answer the kernel's INIT."""
-        self.init = wire.answer_init(request)
-        self.send(wire.reply(unique, self.init.reply))
+        self._init_reply = wire.answer_init(request)
+        replace_file(self._init_path, self._init_reply)
+        self.send(wire.reply(unique, self._init_reply))
         self.initialized.set()
+
+    @property
+    def can_resend(self) -> bool:
+        """Whether a daemon after this one could go on; known once initialized."""
+        is_denied = "FLEECEFS_NO_RESEND" in os.environ  # for tests of older kernels
+        return wire.can_resend(self._init_reply) and not is_denied
+
+    def resend(self) -> None:
+        """Get every request again that an earlier daemon has not answered."""
+        self.send(wire.resend())
 
     def relay(self, request: memoryview) -> None:
         """Pass a request about names on to pyfuse3."""
+        _, opcode, unique, parent, *_ = wire.IN_HEADER.unpack_from(request)
+        if unique & wire.RESENT and opcode in (wire.MKDIR, wire.RMDIR):
+            # The name comes last, with a NUL at its end.
+            start = wire.IN_HEADER.size + (8 if opcode == wire.MKDIR else 0)
+            self.resent.add((parent, bytes(request[start:-1])))
         self._ours.send(request)
 
     def relay_answers(self) -> None:

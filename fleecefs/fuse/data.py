@@ -20,12 +20,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from fleecefs.block.disk import Disk
+from fleecefs.block.disk import Disk, drained
 from fleecefs.block.raw import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from fleecefs.block.snapshot import Snapshot
 from fleecefs.errors import Abandoned, NoSpace, NotFound, ReadOnly, Unsupported
 from fleecefs.fuse import wire
 from fleecefs.fuse.channel import Channel
+from fleecefs.killpoint import reached
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class DataThreads:
         self._threads: set[threading.Thread] = set()
         self._wanted = _THREADS_MIN
         self._ended = threading.Event()
+        self._stopping = False
         # Who opened what for writing last: see `opened_by`.
         self._opened: dict[int, int] = {}
 
@@ -85,11 +87,22 @@ class DataThreads:
         for _ in range(_THREADS_MIN):
             self._start(Worker())
         self._monitor()
+        if self._stopping:
+            return  # threads that wait for a request end with the process
         deadline = time.monotonic() + _END_SECONDS
         for thread in list(self._threads):
             thread.join(max(0, deadline - time.monotonic()))
             if thread.is_alive():
                 log.error("a data thread hangs in storage; ended without it")
+
+    def stop(self) -> None:
+        """Serve no request any more; return when none that writes is running.
+
+        The kernel keeps waiting for answers until the descriptor is closed.
+        """
+        self._stopping = True
+        with drained(list(self._disks())):
+            self._ended.set()
 
     def opened_by(self, pid: int, inode: int) -> bool:
         """Tell, once, whether a process has just opened a file for writing.
@@ -142,6 +155,8 @@ class DataThreads:
                     return
                 # ENOENT: the request was interrupted before we got it.
                 continue
+            if self._stopping:
+                return
             worker.served += 1
             answer(worker)
 
@@ -159,6 +174,7 @@ class DataThreads:
                 written = self._files[fh].write(
                     worker.view[80 : 80 + size], offset, flags & wire.DURABLE != 0
                 )
+                reached("write.unanswered")
                 os.write(
                     self._channel.fd, wire.WRITE_REPLY.pack(24, 0, unique, written, 0)
                 )
@@ -169,6 +185,9 @@ class DataThreads:
         except KeyError:
             # The file of a snapshot that has been deleted.
             self._channel.send(wire.error_reply(unique, errno.EIO))
+        except Abandoned:
+            # Somebody else answers it.
+            raise
         except Exception:
             log.exception("a request with opcode %d failed", opcode)
             self._channel.send(wire.error_reply(unique, errno.EIO))

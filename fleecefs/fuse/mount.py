@@ -5,6 +5,7 @@ Standard library only: the keeper does it.
 
 import array
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -20,7 +21,9 @@ TYPE = "fuse.fleecefs"
 def check_mountpoint(mountpoint: str) -> None:
     """Raise an error that says what is wrong with a mount point."""
     if mountpoint in mounts():
-        raise Busy(f"mount point {mountpoint}: fleecefs is already mounted there")
+        if not _is_dead(mountpoint):
+            raise Busy(f"mount point {mountpoint}: fleecefs is already mounted there")
+        unmount(mountpoint, lazy=True)
     path = Path(mountpoint)
     try:
         is_empty = not any(path.iterdir())
@@ -32,6 +35,15 @@ def check_mountpoint(mountpoint: str) -> None:
         raise NotUsable(f"mount point {path}: {e.strerror}") from None
     if not is_empty:
         raise NotUsable(f"mount point {path}: not empty; use an empty directory")
+
+
+def _is_dead(mountpoint: str) -> bool:
+    """Tell whether a mount has lost its daemon and keeper."""
+    try:
+        os.stat(mountpoint)
+    except OSError as e:
+        return e.errno == errno.ENOTCONN
+    return False
 
 
 def mounts() -> list[str]:
@@ -88,12 +100,6 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise Busy(f"can not unmount {mountpoint}: {_complaint(done.stderr)}")
 
 
-def connection(mountpoint: str) -> Path:
-    """Return the control directory of a mount's connection, in fusectl."""
-    _, minor = _device(mountpoint).split(":")
-    return Path("/sys/fs/fuse/connections", minor)
-
-
 def read_ahead(mountpoint: str) -> None:
     """Let the kernel read ahead as much of a snapshot as one request can bring.
 
@@ -112,16 +118,6 @@ def _device(mountpoint: str) -> str:
         if _unescape(fields[4]) == mountpoint and f" {TYPE} " in line:
             return fields[2]
     raise NotFound(f"nothing is mounted on {mountpoint}")
-
-
-def abort(control: Path) -> None:
-    """Cut a connection: whoever still uses the mount gets ENOTCONN."""
-    try:
-        (control / "abort").write_text("1")
-    except OSError as e:
-        raise Refused(
-            f"can not abort {control}: {e.strerror}; is fusectl mounted there?"
-        ) from None
 
 
 def users(mountpoint: str) -> list[str]:

@@ -10,7 +10,8 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,7 +21,7 @@ from pyfuse3 import EntryAttributes, FUSEError, InodeT
 
 from fleecefs.block.disk import Disk
 from fleecefs.block.snapshot import Snapshot
-from fleecefs.errors import NotFound, ReadOnly, Refused
+from fleecefs.errors import NameTaken, NotFound, ReadOnly, Refused
 from fleecefs.inventory import SNAPSHOTS_INODE, Inventory, SnapshotGroup
 
 log = logging.getLogger(__name__)
@@ -57,14 +58,38 @@ def replies_errno(
 
 
 class Names(pyfuse3.Operations):
-    """The tree of one mount. `opened_by(pid, inode)` is DataThreads'."""
+    """The tree of one mount.
+
+    `resent` has the names whose MKDIR or RMDIR may have been carried out by an earlier
+    daemon; `opened_by(pid, inode)` is DataThreads'.
+    """
 
     def __init__(
-        self, inventory: Inventory, opened_by: Callable[[int, int], bool]
+        self,
+        inventory: Inventory,
+        resent: set[tuple[int, bytes]],
+        opened_by: Callable[[int, int], bool],
     ) -> None:
         super().__init__()
         self._inventory = inventory
+        self._resent = resent
         self._opened_by = opened_by
+
+    @contextmanager
+    def relayed(self, names_fd: int) -> Iterator[None]:
+        """Connect pyfuse3 with the relay's end; `serve` has to be run inside."""
+        pyfuse3.init(self, f"/dev/fd/{names_fd}", {"fsname=fleecefs"})
+        try:
+            yield
+        finally:
+            pyfuse3.close(unmount=False)
+
+    async def serve(self) -> None:
+        """Answer requests until `end` is called."""
+        await pyfuse3.main()
+
+    def end(self) -> None:
+        pyfuse3.terminate()
 
     # -- looking
 
@@ -207,10 +232,21 @@ class Names(pyfuse3.Operations):
     ) -> EntryAttributes:
         if parent != SNAPSHOTS_INODE:
             self._refuse(parent)
-        group = await trio.to_thread.run_sync(
-            self._inventory.create_snapshot, os.fsdecode(name), None
-        )
+        try:
+            group = await trio.to_thread.run_sync(
+                self._inventory.create_snapshot, os.fsdecode(name), None
+            )
+        except NameTaken:
+            if not self._was_done(parent, name):
+                raise
+            group = self._inventory.snapshots[os.fsdecode(name)]
         return self._attributes(group.inode)
+
+    def _was_done(self, parent: int, name: bytes) -> bool:
+        """Tell, once, whether an earlier daemon did this and could not say so."""
+        was_resent = (parent, name) in self._resent
+        self._resent.discard((parent, name))
+        return was_resent
 
     @replies_errno
     async def rmdir(
@@ -218,9 +254,13 @@ class Names(pyfuse3.Operations):
     ) -> None:
         if parent != SNAPSHOTS_INODE:
             self._refuse(parent)
-        await trio.to_thread.run_sync(
-            self._inventory.delete_snapshot, os.fsdecode(name)
-        )
+        try:
+            await trio.to_thread.run_sync(
+                self._inventory.delete_snapshot, os.fsdecode(name)
+            )
+        except NotFound:
+            if not self._was_done(parent, name):
+                raise
 
     # -- what a mount of disks refuses
 

@@ -7,7 +7,6 @@ fuse itself is in host byte order.
 import errno
 import os
 import struct
-from typing import NamedTuple
 
 IN_HEADER = struct.Struct("<IIQQIIIHH")  # len opcode unique nodeid uid gid pid …
 OUT_HEADER = struct.Struct("<IiQ")  # len error unique
@@ -29,6 +28,13 @@ INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
 
 NOTIFY_INVAL_INODE_OUT = struct.Struct("<Qqq")  # inode offset length
 NOTIFY_INVAL_INODE = 2
+NOTIFY_RESEND = 7  # from 6.9 on
+
+# In `unique`: the request has been sent before, to a daemon that did not answer.
+RESENT = 1 << 63
+
+MKDIR = 9
+RMDIR = 11
 
 FORGET = 2
 OPEN = 14
@@ -87,20 +93,8 @@ _MAX_BACKGROUND = 64
 DURABLE = os.O_SYNC | os.O_DSYNC
 
 
-class Init(NamedTuple):
-    """What the kernel offered, and what we answered."""
-
-    minor: int
-    flags: int
-    reply: bytes
-
-    @property
-    def can_resend(self) -> bool:
-        return bool(self.flags & HAS_RESEND)
-
-
-def answer_init(request: bytes | bytearray) -> Init:
-    """Return the answer to an INIT request; EPROTO for a kernel too old."""
+def answer_init(request: bytes | bytearray) -> bytes:
+    """Return the payload that answers INIT; EPROTO for a kernel too old."""
     major, minor, readahead, low, high = INIT_IN.unpack_from(request, IN_HEADER.size)
     if major != 7 or minor < 31:
         raise OSError(
@@ -108,7 +102,7 @@ def answer_init(request: bytes | bytearray) -> Init:
         )
     offered = low | (high << 32 if low & INIT_EXT else 0)
     flags = offered & WANTED
-    reply = INIT_OUT.pack(
+    return INIT_OUT.pack(
         7,
         min(minor, 41),
         readahead,
@@ -121,7 +115,12 @@ def answer_init(request: bytes | bytearray) -> Init:
         0,
         flags >> 32,
     )
-    return Init(minor, flags, reply)
+
+
+def can_resend(init_reply: bytes) -> bool:
+    """Tell from the answer to INIT whether the kernel can send requests again."""
+    _, _, _, low, _, _, _, _, _, _, high = INIT_OUT.unpack(init_reply)
+    return bool((low | high << 32) & HAS_RESEND)
 
 
 def names_init() -> bytes:
@@ -143,6 +142,11 @@ def invalidate_inode(inode: int) -> bytes:
     return (
         OUT_HEADER.pack(OUT_HEADER.size + len(payload), NOTIFY_INVAL_INODE, 0) + payload
     )
+
+
+def resend() -> bytes:
+    """Return a notification that makes the kernel send unanswered requests again."""
+    return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
 
 
 def error_reply(unique: int, code: int) -> bytes:

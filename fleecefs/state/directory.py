@@ -9,12 +9,13 @@ import fcntl
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin, get_type_hints
 from uuid import UUID, uuid4
 
 from fleecefs.block.bitmap import replace_file
+from fleecefs.block.epoch import OnCbwError
 from fleecefs.errors import BadName, Busy, NameTooLong, NotUsable
 
 _FORMAT = "fleecefs-state"
@@ -22,6 +23,10 @@ _VERSION = 1
 
 # Inode 1 is the root, 2 the snapshots.
 _FIRST_INODE = 16
+
+# What is in a directory that was never used: traces of a mount that failed, and what
+# mkfs makes.
+_BEFORE_STATE = {"lock", "state.json.new", "lost+found"}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NAME_MAX = 63
@@ -104,16 +109,22 @@ class StateDirectory:
         """Lock a state directory, made if it is missing; Busy if another has it."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            is_ours = (path / "lock").exists() or (path / "state.json").exists()
-            if not is_ours and any(path.iterdir()):
+            names = {entry.name for entry in path.iterdir()}
+            if "state.json" not in names and names - _BEFORE_STATE:
                 raise NotUsable(
-                    f"state {path}: not empty, and not a state directory of fleecefs"
+                    f"state {path}: not empty, and without a state.json of fleecefs; "
+                    "give an empty directory, or a new one"
                 )
             fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except NotUsable:
             raise
+        except FileExistsError:
+            raise NotUsable(f"state {path}: not a directory") from None
         except OSError as e:
-            raise NotUsable(f"state {path}: {e.strerror}") from None
+            raise NotUsable(
+                f"state {path}: {e.strerror}; give a --state directory that you can "
+                "write to"
+            ) from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -130,7 +141,7 @@ class StateDirectory:
             return None
         except OSError as e:
             raise NotUsable(f"{path}: {e.strerror}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise NotUsable(f"{path}: is damaged or truncated; {_HINT}") from None
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
             raise NotUsable(f"{path}: not a state file of fleecefs; {_HINT}")
@@ -139,10 +150,13 @@ class StateDirectory:
                 f"{path}: has version {document.get('version')}, this fleecefs reads "
                 f"version {_VERSION}; {_HINT}"
             )
+        del document["format"], document["version"]
         try:
-            return _parse(document)
-        except (KeyError, TypeError, ValueError):
+            state = _parse(State, document)
+            _check(state)
+        except (KeyError, TypeError, ValueError, BadName):
             raise NotUsable(f"{path}: is damaged; {_HINT}") from None
+        return state
 
     def save(self, state: State) -> None:
         """Replace state.json; durable on return."""
@@ -157,25 +171,34 @@ class StateDirectory:
 _HINT = "restore it from a backup, or give another --state directory"
 
 
-def _parse(document: dict[str, Any]) -> State:
-    disks = [
-        DiskRecord(**{**disk, "epochs": [EpochRecord(**e) for e in disk["epochs"]]})
-        for disk in document["disks"]
-    ]
-    snapshots = [
-        SnapshotRecord(
-            **{**entry, "files": [SnapshotFileRecord(**f) for f in entry["files"]]}
-        )
-        for entry in document["snapshots"]
-    ]
-    return State(
-        id=str(UUID(document["id"])),
-        boot_id=str(document["boot_id"]),
-        is_clean=bool(document["is_clean"]),
-        next_inode=int(document["next_inode"]),
-        disks=disks,
-        snapshots=snapshots,
-    )
+def _parse(kind: Any, value: Any) -> Any:
+    """Return what JSON made of a record; TypeError or KeyError if it is none."""
+    if is_dataclass(kind):
+        types = get_type_hints(kind)
+        return kind(**{name: _parse(types[name], value[name]) for name in value})
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise TypeError(value)
+        return [_parse(get_args(kind)[0], element) for element in value]
+    # To Python a bool is an int.
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise TypeError(value)
+    return value
+
+
+def _check(state: State) -> None:
+    """Raise ValueError or BadName for what no state of ours can say."""
+    UUID(state.id)
+    for disk in state.disks:
+        UUID(disk.id)
+        check_name(disk.name, "disk")
+    names = {disk.name for disk in state.disks}
+    for snapshot in state.snapshots:
+        check_name(snapshot.name, "snapshot")
+        for file in snapshot.files:
+            OnCbwError(file.on_cbw_error)
+            if file.disk not in names:
+                raise ValueError(file.disk)
 
 
 def new_state(boot_id: str) -> State:

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -17,12 +18,19 @@ from uuid import UUID
 from fleecefs.block.bitmap import replace_file
 from fleecefs.errors import NotUsable
 
+# Where a keeper that gives up says why (keeper.py).
+LAST_WORDS = "gave-up"
+
 # Kernel-wide; another one after each boot (random(4)).
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
+# How long a keeper may need to start the next daemon, when somebody asks for it.
+_RESTART_SECONDS = 10.0
+
+
 class RunningMount(NamedTuple):
-    """A mount that a daemon serves just now."""
+    """A mount that a daemon serves; `pid` is the keeper's."""
 
     mount: str
     socket: str
@@ -68,7 +76,8 @@ def mount_directory(state_id: UUID) -> Path:
 
 def announce(directory: Path, mountpoint: str) -> None:
     """Record what this runtime directory belongs to, for running_mounts."""
-    what = {"mount": mountpoint, "pid": os.getpid()}
+    (directory / LAST_WORDS).unlink(missing_ok=True)
+    what = {"mount": mountpoint, "pid": os.getppid()}
     replace_file(directory / "mount.json", json.dumps(what).encode())
 
 
@@ -91,9 +100,42 @@ def running_mounts() -> list[RunningMount]:
             )
         except (OSError, ValueError, KeyError):
             continue  # ended just now
-        if _answers(mount.socket):
+        if _is_served(mount):
             found.append(mount)
     return sorted(found)
+
+
+def _is_served(mount: RunningMount) -> bool:
+    """Tell whether a daemon answers; between two daemons, wait for the next one."""
+    deadline = time.monotonic() + _RESTART_SECONDS
+    while not _answers(mount.socket):
+        if not _is_keeper(mount.pid) or time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _is_keeper(pid: int) -> bool:
+    try:
+        return b"fleecefs.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def last_words(mountpoint: str) -> str | None:
+    """Return why the keeper of a mount gave up, if it did and nobody came after it."""
+    try:
+        base = base_directory()
+    except NotUsable:
+        return None
+    for path in base.glob(f"*/{LAST_WORDS}"):
+        try:
+            what = json.loads((path.parent / "mount.json").read_text())
+            if what["mount"] == mountpoint:
+                return path.read_text()
+        except (OSError, ValueError, KeyError):
+            continue  # another mount has just begun
+    return None
 
 
 def remove(directory: Path) -> None:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import fleecefs
 from fleecefs.cli import main
-from fleecefs.cli.daemons import resolve
+from fleecefs.cli.daemons import mount_points, resolve
 from fleecefs.control.client import Client
 from fleecefs.errors import NotFound, Refused
 from fleecefs.state.runtime import RunningMount
@@ -534,9 +534,7 @@ def test_a_busy_mount_is_refused_unless_forced(daemon):
 @pytest.fixture
 def abandoned(monkeypatch, running, tmp_path):
     """Mounts without a daemon, and a fusermount3 that writes down its arguments."""
-    monkeypatch.setattr(
-        sys.modules["fleecefs.cli.umount"], "abandoned_mounts", lambda: ["/mnt/dead"]
-    )
+    monkeypatch.setattr("fleecefs.cli.daemons.mounted", lambda: ["/mnt/dead"])
     script = tmp_path / "bin" / "fusermount3"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\n')
@@ -567,6 +565,24 @@ def test_a_mount_without_its_daemon_can_be_busy(abandoned):
     assert code == 1
     assert text.startswith("/mnt/dead has lost its daemon")
     assert "busy" in text
+
+
+def test_other_commands_say_that_the_daemon_is_lost(abandoned):
+    code, text = error_of("status", "-m", "/mnt/dead")
+
+    assert code == 3
+    assert text == "/mnt/dead has lost its daemon: use 'fleecefs umount /mnt/dead'"
+
+
+def test_our_mounts_are_found_in_the_kernels_table():
+    table = [
+        "tmpfs /tmp tmpfs rw,nosuid 0 0\n",
+        "fleecefs /mnt/my\\040live fuse.fleecefs rw 0 0\n",
+        "sshfs /mnt/remote fuse.sshfs rw 0 0\n",
+        "fleecefs /mnt/a\\134b fuse.fleecefs rw 0 0\n",
+    ]
+
+    assert mount_points(table) == ["/mnt/my live", "/mnt/a\\b"]
 
 
 # -- completion

@@ -71,7 +71,7 @@ class Running:
         return self._wait_stopped(_for_requests)
 
     def wait_stuck(self) -> bool:
-        """Return True when it waits for a request or a lock, False when it has ended."""
+        """Return True when it waits for a request or a lock, False once ended."""
         return self._wait_stopped(_for_requests, _for_locks)
 
     def _wait_stopped(self, *waiters: set[int]) -> bool:
