@@ -25,7 +25,7 @@ from fleecefs.block.epoch import OnCbwError
 from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.events import Events
 from fleecefs.control.server import serving
-from fleecefs.errors import Refused
+from fleecefs.errors import Refused, describe
 from fleecefs.fuse.channel import Channel
 from fleecefs.fuse.data import DataThreads
 from fleecefs.fuse.mount import read_ahead, unmount
@@ -77,7 +77,9 @@ class Daemon:
 
     def run(self, report: Callable[..., None]) -> None:
         """Serve until unmounted; report what the keeper needs when it is usable."""
+        reached("start.opened")
         runtime.announce(self._inventory.runtime_path, self._mountpoint)
+        reached("start.announced")
         with self._names.relayed(self._channel.names_fd):
             trio.run(self._serve, report)
 
@@ -110,6 +112,7 @@ class Daemon:
         await _run_in_thread(self._channel.initialized.wait)
         read_ahead(self._mountpoint)
         log.info("daemon %d serves %s", self._generation, self._mountpoint)
+        reached("start.served")
         report(
             ready=True,
             resend=self._channel.can_resend,
@@ -144,6 +147,7 @@ class Daemon:
             raise Refused("this kernel can not send requests again: Linux 6.9 can")
         await trio.to_thread.run_sync(self._data.stop)
         await trio.to_thread.run_sync(self._inventory.stop)
+        reached("restart.stopped")
         log.info("ending for the next daemon")
         os._exit(RESTART)
 
@@ -152,6 +156,7 @@ class Daemon:
         if not force:
             await trio.to_thread.run_sync(self._inventory.check_end)
         await trio.to_thread.run_sync(lambda: unmount(self._mountpoint, lazy=force))
+        reached("end.unmounted")
         with trio.move_on_after(0 if force else _END_SECONDS):
             await self._ended.wait()
         if not self._ended.is_set():
@@ -178,6 +183,7 @@ class Daemon:
             "policy": {
                 "on-cbw-error": options.on_cbw_error.value,
                 "cbw-timeout": options.cbw_timeout,
+                "durability": "host" if options.survives_host else "process",
             },
             "disks": inventory.describe_disks(),
             "snapshots": inventory.describe_snapshots(),
@@ -208,6 +214,7 @@ def _options(settings: dict[str, Any]) -> Options:
         on_cbw_error=OnCbwError(settings["on_cbw_error"]),
         cbw_timeout=settings["cbw_timeout"],
         cluster_size=settings["cluster_size"],
+        survives_host=settings["durability"] == "host",
     )
 
 
@@ -229,7 +236,7 @@ def main() -> int:
         daemon = Daemon(settings, fuse_fd)
         logs.open_log(settings["log"])
     except OSError as e:
-        report(error=e.strerror or str(e))
+        report(error=describe(e))
         return 1
     daemon.run(report)
     return 0

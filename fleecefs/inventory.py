@@ -48,7 +48,7 @@ from fleecefs.state.directory import (
     check_name,
     new_state,
 )
-from fleecefs.state.epochs import Budgets, EpochFiles, gone
+from fleecefs.state.epochs import Budgets, End, EpochFiles, gone
 from fleecefs.units import MiB, format_size
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,6 @@ SNAPSHOTS_INODE = 2
 RAM_LIMIT = 128 * MiB
 
 _CHANGED = "the source was changed while it was not mounted"
-_HOST_CRASHED = "the host went down without unmounting"
 
 Emit = Callable[[str, dict[str, Any]], None]
 
@@ -74,6 +73,7 @@ class Options:
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     cbw_timeout: float = 10.0
     cluster_size: int | None = None
+    survives_host: bool = False
 
 
 class SnapshotGroup:
@@ -106,6 +106,7 @@ class Inventory:
         self.options = options
         self.state_path = directory.path
         self.runtime_path = runtime.mount_directory(UUID(state.id))
+        self._runtime_lock = runtime.lock(self.runtime_path)
         self.store_path = options.store or directory.path
         self.budgets = Budgets(
             Budget(options.ram_limit, "ram"), Budget(options.store_limit, "disk")
@@ -170,14 +171,14 @@ class Inventory:
 
     def _load(self, sources: dict[str, Path]) -> None:
         state = self._state
-        is_same_boot = state.boot_id == runtime.boot_id()
+        end = self._end_before()
         state.snapshots = [entry for entry in state.snapshots if entry.is_created]
         lost = set(self._lost_files())
         self._forget_disks(set(sources))
         for name, path in sources.items():
             self._add_disk(name, path)
         for record in state.disks:
-            self._load_epochs(record, is_same_boot)
+            self._load_epochs(record, end)
         for snapshot in state.snapshots:
             self._add_group(snapshot)
         for name, disk_name, reason in set(self._lost_files()) - lost:
@@ -189,7 +190,14 @@ class Inventory:
         reached("start.saved")
         for disk in self.disks.values():
             self._collect(disk)
+        reached("start.collected")
         self._remove_orphans()
+
+    def _end_before(self) -> End:
+        if self._state.is_clean:
+            return End.CLEAN
+        is_same_boot = self._state.boot_id == runtime.boot_id()
+        return End.PROCESS_CRASHED if is_same_boot else End.HOST_CRASHED
 
     def _lost_files(self) -> Iterable[tuple[str, str, str]]:
         """Yield each broken part of a snapshot: snapshot, disk and reason."""
@@ -309,15 +317,13 @@ class Inventory:
                 if file.disk == disk:
                     yield file
 
-    def _load_epochs(self, record: DiskRecord, is_same_boot: bool) -> None:
+    def _load_epochs(self, record: DiskRecord, end: End) -> None:
         """Open the epochs of a disk, and retire again what a crash left unretired.
 
         A snapshot reads its own epoch and all later ones: where one can not be opened,
         it and all older ones are lost.
         """
         reason = None
-        if not self._state.is_clean and not is_same_boot:
-            reason = _HOST_CRASHED
         snapshots = {file.epoch: file for file in self._file_records(record.name)}
         epochs: list[Epoch] = []
         for entry in reversed(record.epochs):
@@ -328,7 +334,7 @@ class Inventory:
             )
             if reason is None:
                 try:
-                    epoch = files.load(policy, is_clean=self._state.is_clean)
+                    epoch = files.load(policy, end)
                 except OSError as e:
                     reason = describe(e)
             if reason is not None:
@@ -351,8 +357,9 @@ class Inventory:
             cluster_size=record.cluster_size,
             runtime=self.runtime_path / place,
             state=self.state_path / place,
-            store=Path(entry.store),
+            store=self.state_path / entry.store,
             budgets=self.budgets,
+            survives_host=entry.durability == "host",
         )
 
     def stop(self) -> None:
@@ -369,18 +376,20 @@ class Inventory:
                     files.save(epoch)
                 except OSError as e:
                     self._lose_at_end(epoch, describe(e))
+                reached("end.epoch")
             for record in self._state.disks:
                 self._settle_source(record)
+                reached("end.settled")
             self._state.is_clean = True
             try:
                 self._save()
+                reached("end.saved")
                 runtime.remove(self.runtime_path)
+                reached("end.removed")
             except OSError as e:
                 # As after a crash: what is in the runtime directory counts.
                 log.error(
-                    "state %s: could not be saved: %s; snapshots last until the host "
-                    "goes down",
-                    self.state_path,
+                    "could not be saved: %s; snapshots last until the host goes down",
                     describe(e),
                 )
             self._close_files()
@@ -412,6 +421,7 @@ class Inventory:
     def _close_files(self) -> None:
         for source in self._sources.values():
             source.close()
+        os.close(self._runtime_lock)
         self._directory.close()
 
     def _save(self) -> None:
@@ -428,7 +438,7 @@ class Inventory:
         try:
             self._save()
         except OSError as e:
-            log.error("state %s: could not be saved: %s", self.state_path, describe(e))
+            log.error("could not be saved: %s", describe(e))
 
     # -- snapshots
 
@@ -449,6 +459,7 @@ class Inventory:
             try:
                 for disk in chosen:
                     epochs.append(self._prepare_epoch(disk, record))
+                    reached("create.prepared")
                 self._state.snapshots.append(record)
                 # Ahead of the instant: what is overwritten afterwards may be kept in
                 # these epochs only, also for older snapshots.
@@ -506,7 +517,10 @@ class Inventory:
         record = self._disk_record(disk.name)
         assert record is not None
         place = Path("disks", disk.name, "epochs", f"{record.next_epoch:04}")
-        entry = EpochRecord(record.next_epoch, str(self._store_base / place))
+        # Relative if it is in the state directory, which may move or be copied.
+        store = place if self.options.store is None else self._store_base / place
+        durability = "host" if self.options.survives_host else "process"
+        entry = EpochRecord(record.next_epoch, str(store), durability)
         record.next_epoch += 1
         files = self._files_of(record, entry)
         try:
@@ -614,6 +628,7 @@ class Inventory:
             with self._control:
                 name = self._note_lost(disk, epoch)
                 self._save_gone()
+                reached("break.saved")
                 self._collect(disk)
             if name is not None:
                 log.error("snapshot %s of %s is broken: %s", name, disk.name, reason)

@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fleecefs.errors import Error
-from fleecefs.fuse.mount import check_mountpoint, mount, unmount
+from fleecefs.errors import Error, describe
+from fleecefs.fuse.mount import check_mountpoint, check_outside, mount, unmount
 
 # -P: a file of the current directory must not be taken for a module of ours.
 _PYTHON = [sys.executable, "-P", "-m"]
@@ -111,11 +111,12 @@ class Keeper:
             signal.signal(number, self._pass_on)
         try:
             check_mountpoint(self._mountpoint)
+            self._check_places()
             self._fuse_fd = mount(
                 self._mountpoint, allow_other=self._settings["allow_other"]
             )
         except OSError as e:
-            self._tell_launcher({"error": str(e)})
+            self._tell_launcher({"error": describe(e)})
             return 1
         reason = self._keep_running()
         # Frees whoever still waits for an answer.
@@ -126,6 +127,16 @@ class Keeper:
         if self._ready is not None:
             self._say(reason, Path(self._ready["runtime"]))
         return 1
+
+    def _check_places(self) -> None:
+        """Raise NotUsable if something the daemon needs would be on its own mount."""
+        settings = self._settings
+        places = {what: settings[what] for what in ("state", "store", "log")}
+        for what, path in places.items():
+            if path is not None and path != JOURNAL:
+                check_outside(self._mountpoint, what, path)
+        for disk in settings["disks"]:
+            check_outside(self._mountpoint, "source", disk["source"])
 
     def _keep_running(self) -> str | None:
         """Start daemons until one ends well; return why the keeper gave up, or None."""

@@ -1,4 +1,4 @@
-"""Disks and snapshots over the life of a machine: ends, crashes, reboots, full disks."""
+"""Disks and snapshots in the life of a machine: ends, crashes, reboots, full disks."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from fleecefs.block.bitmap import LiveBits
-from fleecefs.block.epoch import OnCbwError
+from fleecefs.block.epoch import History, OnCbwError
 from fleecefs.block.raw import RawImage
 from fleecefs.block.store import Tier
 from fleecefs.errors import (
@@ -345,6 +345,32 @@ def test_a_source_may_move(web, tmpfs_path):
     assert web.inventory.describe_disks()[0]["source"] == str(moved)
 
 
+def test_a_state_directory_may_move(web, tmpfs_path):
+    web.inventory.create_snapshot("one")
+    write(web, "b", 0)
+    web.close()
+    web.state = web.state.rename(tmpfs_path / "elsewhere")
+
+    web.open()
+
+    assert shown(web, "one") == "aaaaaaaa"
+
+
+def test_a_copy_of_a_state_directory_has_a_life_of_its_own(web, tmpfs_path):
+    web.inventory.create_snapshot("one")
+    write(web, "b", 0)
+    web.close()
+    copy = shutil.copytree(web.state, tmpfs_path / "copy")
+    web.open()
+    web.inventory.delete_snapshot("one")
+    web.close()
+    web.state = copy
+
+    web.open()
+
+    assert shown(web, "one") == "aaaaaaaa"
+
+
 def edit(path):
     with path.open("r+b") as file:
         file.write(b"edited")
@@ -362,6 +388,7 @@ def grow(path):
     os.truncate(path, path.stat().st_size + 512)
 
 
+@pytest.mark.logs("is broken: the source was changed")
 @pytest.mark.parametrize("change", [edit, replace, grow])
 def test_a_source_changed_in_between_breaks_its_snapshots(web, change):
     web.close()
@@ -387,6 +414,7 @@ def test_a_source_changed_in_between_breaks_its_snapshots(web, change):
     assert web.inventory.disks["web.raw"].size == web.sources["web.raw"].stat().st_size
 
 
+@pytest.mark.logs("is broken: the source was changed")
 @pytest.mark.parametrize("change", [edit, replace, grow])
 def test_what_a_change_broke_stays_broken_and_can_be_deleted(web, change):
     web.inventory.create_snapshot("one")
@@ -406,6 +434,7 @@ def test_what_a_change_broke_stays_broken_and_can_be_deleted(web, change):
     assert len(web.epoch_directories()) == 1
 
 
+@pytest.mark.logs("is broken: the source was changed")
 def test_a_source_swapped_for_another_of_the_same_size_is_noticed(web):
     web.inventory.create_snapshot("one")
     web.close()
@@ -467,6 +496,16 @@ def test_a_state_is_used_by_one_at_a_time(web):
         Inventory.open(web.state, web.sources, Options())
 
     assert letters(web.live("web.raw")) == "aaaaaaaa"
+
+
+def test_a_state_and_a_copy_of_it_are_used_one_at_a_time(web, tmpfs_path):
+    copy = shutil.copytree(web.state, tmpfs_path / "copy")
+    source = shutil.copy(web.sources["web.raw"], tmpfs_path / "copy.raw")
+
+    with pytest.raises(Busy, match="a copy of this state directory"):
+        Inventory.open(copy, {"web.raw": source}, Options())
+
+    assert web.inventory.runtime_path.exists()
 
 
 def test_a_source_is_used_by_one_at_a_time(web, tmpfs_path):
@@ -604,6 +643,7 @@ def test_a_kill_between_the_bits_of_tier_and_epoch_is_mended(web):
 # -- a crash of the host: another boot
 
 
+@pytest.mark.logs("is broken: the host went down")
 def test_a_crash_of_the_host_breaks_snapshots_and_says_so(web):
     web.inventory.create_snapshot("one")
     write(web, "b", 0)
@@ -618,6 +658,7 @@ def test_a_crash_of_the_host_breaks_snapshots_and_says_so(web):
     assert letters(web.live("web.raw")) == "baaaaaaa"
 
 
+@pytest.mark.logs("is broken: the host went down")
 def test_after_a_crash_of_the_host_new_snapshots_are_good(web):
     web.inventory.create_snapshot("one")
     web.crash()
@@ -655,7 +696,7 @@ def test_a_crash_of_the_host_before_a_mount_without_snapshots_breaks_nothing(web
     assert web.epoch_directories() == []
 
 
-@pytest.mark.logs("disk web.raw")
+@pytest.mark.logs("is missing")
 def test_bits_that_vanished_within_a_boot_break_the_snapshot(web):
     web.inventory.create_snapshot("one")
     write(web, "b", 0)
@@ -829,7 +870,7 @@ def test_no_space_for_bits_leaves_nothing_half(web, monkeypatch, nth):
 def test_no_space_for_the_store_leaves_nothing_half(web, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            RawImage, "create", failing(RawImage.create, 2, NO_SPACE, after=0)
+            RawImage, "create", failing(RawImage.create, 2, NO_SPACE, after=False)
         )
         with pytest.raises(OSError) as e:
             web.inventory.create_snapshot("one")
@@ -864,6 +905,34 @@ def test_no_space_for_the_state_leaves_no_snapshot(web, monkeypatch, nth, after)
     web.inventory.delete_snapshot("one")
     web.inventory.delete_snapshot("old")
     assert web.epoch_directories() == []
+
+
+@pytest.mark.logs("could not be saved: No space left|never created")
+def test_no_space_comes_after_the_state_was_written(web, monkeypatch):
+    """As when the directory can not be made durable; then comes a crash."""
+    web.inventory.create_snapshot("old")
+    write(web, "b", 0)
+    original = StateDirectory.save
+    saves = itertools.count(1)
+
+    def save(self, state):
+        nth = next(saves)
+        if nth <= 2:
+            original(self, state)
+        if nth >= 2:
+            raise NO_SPACE
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateDirectory, "save", save)
+        with pytest.raises(OSError):
+            web.inventory.create_snapshot("one")
+    write(web, "c", 0)
+    web.crash()
+    web.open()
+
+    assert shown(web, "old") == "aaaaaaaa"
+    # It is in the state that was written, and lost by now: broken, not wrong.
+    assert web.lost("one", "web.raw") is not None
 
 
 @pytest.mark.logs("could not be saved: No space left")
@@ -964,6 +1033,7 @@ def test_a_snapshot_breaks_when_the_store_is_full(web):
 # -- inode numbers
 
 
+@pytest.mark.logs("is broken: the host went down")
 def test_inode_numbers_are_never_used_again(web):
     used = {web.inventory.inodes["web.raw"]}
 
@@ -1029,6 +1099,7 @@ class Killer:
             (LiveBits, "save"),
             (RawImage, "create"),
             (Tier, "free"),
+            (History, "retire"),
             (shutil, "rmtree"),
             (runtime, "remove"),
         ):

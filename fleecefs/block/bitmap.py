@@ -108,6 +108,7 @@ class LiveBits:
         data = text.encode()[:_NOTE_MAX]
         start = _NOTE_AT + _NOTE.size
         self._memory[start : start + len(data)] = data
+        reached("note.written")
         # The length last: it is what makes the note be there.
         _NOTE.pack_into(self._memory, _NOTE_AT, len(data))
 
@@ -117,14 +118,7 @@ class LiveBits:
 
     def load(self, path: Path) -> None:
         """Take over the bits of a saved file; NotUsable if it is torn or foreign."""
-        data = path.read_bytes()
-        crc = self.owner.check(data[:PAGE], path)
-        payload = data[PAGE:]
-        if (
-            len(payload) != _payload_size(self.owner.count)
-            or zlib.crc32(payload) != crc
-        ):
-            raise NotUsable(f"{path}: bits are damaged or truncated")
+        payload = read_saved(path, self.owner)
         self._memory[PAGE : PAGE + len(payload)] = payload
 
     def drop(self) -> None:
@@ -137,6 +131,16 @@ def save_bits(path: Path, owner: Owner, bits: bitarray) -> None:
     payload = bits.tobytes().ljust(_payload_size(owner.count), b"\0")
     page = owner.header(zlib.crc32(payload)).ljust(PAGE, b"\0")
     replace_file(path, page + payload)
+
+
+def read_saved(path: Path, owner: Owner) -> bytes:
+    """Return the bytes of saved bits; NotUsable if they are torn or another's."""
+    data = path.read_bytes()
+    crc = owner.check(data[:PAGE], path)
+    payload = data[PAGE:]
+    if len(payload) != _payload_size(owner.count) or zlib.crc32(payload) != crc:
+        raise NotUsable(f"{path}: bits are damaged or truncated")
+    return payload
 
 
 def replace_file(path: Path, data: bytes) -> None:

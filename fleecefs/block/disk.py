@@ -128,7 +128,9 @@ class Disk:
         try:
             if self.history.newest is not None:
                 self.history.preserve(offset, end)
+            reached("overwrite.preserved")
             yield
+            reached("overwrite.done")
         finally:
             with requests.lock:
                 requests.writes.pop(thread, None)
@@ -196,3 +198,4 @@ def freeze(disks: list[Disk], epochs: list[Epoch]) -> None:
     with drained(disks):
         for disk, epoch in zip(disks, epochs, strict=True):
             disk.history.append(epoch)
+            reached("freeze.appended")

@@ -61,7 +61,9 @@ class Epoch:
         store: Store,
         *,
         on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT,
+        commit: Callable[[int, int], None] = lambda first, stop: None,
         remember: Callable[[str], None] = lambda reason: None,
+        confirm: Callable[[], None] = lambda: None,
         forget: Callable[[], None] = lambda: None,
         make_denied: Callable[[], bitarray] | None = None,
         lost: str | None = None,
@@ -73,6 +75,10 @@ class Epoch:
         self.denied: bitarray | None = None
         self.lost = lost
         self.make_denied = make_denied or self._denied_in_memory
+        # Makes preserved clusters [first, stop) as durable as the epoch has to be.
+        self.commit = commit
+        # Makes it as durable that the snapshot is lost.
+        self.confirm_lost = confirm
         self._remember = remember
         self._forget = forget
 
@@ -134,6 +140,8 @@ class History:
         Raises the copy's error under break-guest-write; Abandoned if the copy hung and
         `expire` gave the guest's request to somebody else.
         """
+        if offset == end:
+            return
         first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
         deadline = time.monotonic() + self.timeout
         while (copy := self._claim(first, stop, deadline)) is not None:
@@ -208,6 +216,8 @@ class History:
             self.copied += length
             found = newest.preserved.find(0, end, stop)
             first = found if found >= 0 else stop
+        if newest is not None:
+            newest.commit(copy.first, copy.stop)
 
     def has_late(self, now: float) -> bool:
         """Tell whether `expire` has something to do."""
@@ -250,6 +260,7 @@ class History:
             needing = self._needing(first, stop)
             reason = self._break(needing, first, stop, error)
         for epoch in needing:
+            epoch.confirm_lost()
             self.broke(epoch, reason)
 
     def _outwait(self, first: int, stop: int) -> None:
@@ -264,6 +275,7 @@ class History:
                     needing.append(epoch)
             reason = self._break(needing, first, stop, self._too_late())
         for epoch in needing:
+            epoch.confirm_lost()
             self.broke(epoch, reason)
 
     def _break(
@@ -333,7 +345,7 @@ class History:
         """End a snapshot: its readers get EIO, its data goes unless others need it."""
         with self.requests.lock:
             if epoch.lost is None:
-                epoch.lost = reason
+                epoch.lose(reason)
                 self._retire(epoch)
                 self.requests.changed()
 
@@ -344,6 +356,8 @@ class History:
             self.newest = epochs[-1] if epochs else None
             for epoch in epochs:
                 if epoch.lost is not None and epoch in self.epochs:
+                    # Its bits are about to say more than the store holds.
+                    epoch.lose(epoch.lost)
                     self._retire(epoch)
 
     def _retire(self, epoch: Epoch) -> None:
@@ -357,6 +371,7 @@ class History:
             duplicates = held & retired.preserved
             self._garbage.append(partial(_free, retired.store, duplicates))
             retired.preserved |= held
+            reached("retire.merged")
             held = retired.preserved
 
     def _retired_from(self, index: int) -> Iterator[Epoch]:

@@ -17,6 +17,7 @@ from bitarray import bitarray
 from fleecefs.block.bitmap import next_set
 from fleecefs.block.image import Image
 from fleecefs.errors import NoSpace, Unsupported
+from fleecefs.killpoint import reached
 
 # A run is read whole before it is written again: this much memory at most.
 COPY_SIZE_MAX = 1 << 20
@@ -95,6 +96,7 @@ class Tier:
         except OSError:
             self._budget.give(size)
             raise
+        reached("put.written")
         with self._lock:
             if self._dropped:
                 self._budget.give(size)
@@ -114,6 +116,7 @@ class Tier:
                 # Somebody else may be freeing some of them just now.
                 freed = self.bits.count(1, start, end)
                 self.bits[start:end] = 0
+            reached("free.cleared")
             offset = start * self._cluster_size
             length = min(end * self._cluster_size, self.image.size) - offset
             try:
@@ -226,8 +229,13 @@ class Store:
                     data = tier.image.pread(length, offset)
                     if not last.put(data, start, end):
                         raise NoSpace("the store has reached its limit")
+                    reached("settle.copied")
                     tier.free(start, end)
-        last.image.flush()
+        self.flush()
+
+    def flush(self) -> None:
+        """Make the last tier durable."""
+        self.tiers[-1].image.flush()
 
     def used(self) -> dict[str, int]:
         """Return the bytes kept in each tier, by the tier's name."""

@@ -8,6 +8,7 @@ quick.
 import click
 
 from fleecefs import __version__
+from fleecefs.cli.check import check
 from fleecefs.cli.completion import completion
 from fleecefs.cli.edge import Program
 from fleecefs.cli.events import events
@@ -51,6 +52,7 @@ for command in (
     events,
     map_file,
     snapshot,
+    check,
     completion,
 ):
     main.add_command(command)

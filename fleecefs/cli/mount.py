@@ -7,7 +7,7 @@ from typing import NamedTuple
 import click
 
 from fleecefs.cli.daemons import resolve
-from fleecefs.cli.options import absolute, complete_paths, size
+from fleecefs.cli.options import absolute, complete_paths, log_place, size
 
 # Long enough for a disk that hangs for a moment, shorter than a guest's own limit
 # for a request (30 s for SCSI in Linux).
@@ -109,14 +109,21 @@ def _seconds(ctx: click.Context, param: click.Parameter, seconds: float) -> floa
     callback=size,
     help="The unit of copy-before-write.  [default: 4K, more for large disks]",
 )
+@click.option(
+    "--durability",
+    type=click.Choice(["process", "host"]),
+    default="process",
+    show_default=True,
+    help="What snapshots survive: a crash of the daemon, or of the host too (slow).",
+)
 @click.option("--foreground", is_flag=True, help="Stay, and log to stderr.")
 @click.option("--allow-other", is_flag=True, help="Let other users use the files.")
 @click.option(
     "--log",
     metavar="FILE",
-    callback=absolute,
+    callback=log_place,
     shell_complete=complete_paths,
-    help="Append the log to a file.",
+    help="Append the log to a file, or send it to the `journal`.",
 )
 @click.argument("mount", metavar="MOUNT", shell_complete=complete_paths)
 def mount(
@@ -128,6 +135,7 @@ def mount(
     on_cbw_error: str,
     cbw_timeout: float,
     cluster_size: int | None,
+    durability: str,
     foreground: bool,
     allow_other: bool,
     log: str | None,
@@ -159,9 +167,9 @@ def mount(
         "on_cbw_error": on_cbw_error,
         "cbw_timeout": cbw_timeout,
         "cluster_size": cluster_size,
+        "durability": durability,
         "allow_other": allow_other,
         "log": log,
     }
-    if foreground:
-        stay(settings)
-    launch(settings)
+    start = stay if foreground else launch
+    start(settings)

@@ -8,6 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from fleecefs.cli.daemons import MOUNT_KEY, connect
+from fleecefs.logs import JOURNAL
 from fleecefs.units import parse_size
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ def absolute(
 ) -> str | None:
     """Take a path; the daemon works in another directory."""
     return None if path is None else os.path.abspath(path)
+
+
+def log_place(
+    ctx: click.Context, param: click.Parameter, path: str | None
+) -> str | None:
+    """Take a path, or the word for the journal."""
+    return path if path == JOURNAL else absolute(ctx, param, path)
 
 
 def size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:

@@ -42,7 +42,8 @@ def _print_daemon(answer: "Status") -> None:
         "state": answer["state"],
         "store": f"{store['directory']}, {_use(store)}",
         "RAM": _use(answer["ram"]),
-        "policy": f"{policy['on-cbw-error']}, after {policy['cbw-timeout']:g} s",
+        "policy": f"{policy['on-cbw-error']}, after {policy['cbw-timeout']:g} s;"
+        f" snapshots survive the {policy['durability']}",
     }
     for title, text in lines.items():
         click.echo(f"{title:<8}{printable(text)}")

@@ -22,8 +22,10 @@ def format_time(seconds: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """Return a duration for people."""
+    if seconds < 0.01:
+        return f"{seconds * 1000:.1f} ms"
     if seconds < 1:
-        return f"{seconds * 1000:.2g} ms"
+        return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.1f} s"
 
 

@@ -47,7 +47,9 @@ Disk = TypedDict(
     },
 )
 
-Policy = TypedDict("Policy", {"on-cbw-error": str, "cbw-timeout": float})
+Policy = TypedDict(
+    "Policy", {"on-cbw-error": str, "cbw-timeout": float, "durability": str}
+)
 
 
 class StoreUse(TypedDict):

@@ -10,7 +10,9 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from fleecefs.errors import Busy, NotFound, NotUsable, Refused
@@ -37,6 +39,49 @@ def check_mountpoint(mountpoint: str) -> None:
         raise NotUsable(f"mount point {path}: not empty; use an empty directory")
 
 
+def check_outside(mountpoint: str, what: str, path: str) -> None:
+    """Raise NotUsable if a path leads to where a mount is about to be.
+
+    Its daemon would wait for itself. By identity: there are links and bind mounts.
+    """
+    where = os.stat(mountpoint)
+    real = Path(os.path.realpath(path))
+    for part in (real, *real.parents):
+        with contextlib.suppress(OSError):  # it may have to be made yet
+            if os.path.samestat(part.stat(), where):
+                raise _on_itself(what, path, mountpoint)
+    # Nor on a loop device of a file there, which a mount before this one has left.
+    for image in _loop_files(real):
+        if _is_inside(image, mountpoint):
+            raise _on_itself(what, path, mountpoint)
+
+
+def _on_itself(what: str, path: str, mountpoint: str) -> NotUsable:
+    return NotUsable(
+        f"{what} {path}: would be on the mount itself, {mountpoint}; put it elsewhere"
+    )
+
+
+def _loop_files(path: Path) -> Iterator[str]:
+    """Yield the files that a path lies on by loop devices, one under the other."""
+    while True:
+        while not path.exists():
+            path = path.parent
+        status = path.stat()
+        is_device = stat.S_ISBLK(status.st_mode)
+        device = status.st_rdev if is_device else status.st_dev
+        block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+        # A partition has its disk above it.
+        for place in block, block.parent:
+            if (place / "loop/backing_file").exists():
+                image = (place / "loop/backing_file").read_text().rstrip("\n")
+                yield image
+                path = Path(image)
+                break
+        else:
+            return
+
+
 def _is_dead(mountpoint: str) -> bool:
     """Tell whether a mount has lost its daemon and keeper."""
     try:
@@ -49,9 +94,7 @@ def _is_dead(mountpoint: str) -> bool:
 def mounts() -> list[str]:
     """Return the mount points of all fleecefs mounts, in the order they were made."""
     found = []
-    for line in (
-        Path("/proc/self/mounts").read_text(errors="surrogateescape").split("\n")
-    ):
+    for line in _read("/proc/self/mounts").split("\n"):
         fields = line.split(" ")
         if len(fields) > 2 and fields[2] == TYPE:
             found.append(_unescape(fields[1]))
@@ -112,8 +155,7 @@ def read_ahead(mountpoint: str) -> None:
 
 def _device(mountpoint: str) -> str:
     """Return the device number of a mount, MAJOR:MINOR."""
-    mountinfo = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    for line in mountinfo.splitlines():
+    for line in _read("/proc/self/mountinfo").rstrip("\n").split("\n"):
         fields = line.split(" ")
         if _unescape(fields[4]) == mountpoint and f" {TYPE} " in line:
             return fields[2]
@@ -129,19 +171,18 @@ def users(mountpoint: str) -> list[str]:
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda p: int(p.name)):
         try:
             if _uses(process, mountpoint):
-                name = (process / "comm").read_text().strip()
+                # The kernel cuts it after 15 bytes, also within a character.
+                name = (process / "comm").read_bytes().decode(errors="replace").strip()
                 found.append(f"{name} (pid {process.name})")
         except OSError:
             continue  # not ours to look at, or ended just now
     for backing in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
         try:
-            if _is_inside(backing.read_text().rstrip("\n"), mountpoint):
+            if _is_inside(_read(backing).removesuffix("\n"), mountpoint):
                 found.append(f"/dev/{backing.parts[3]}")
         except OSError:
             continue  # detached just now
-    for line in (
-        Path("/proc/self/mounts").read_text(errors="surrogateescape").split("\n")
-    ):
+    for line in _read("/proc/self/mounts").split("\n"):
         where = _unescape(line.split(" ")[1]) if " " in line else ""
         if where != mountpoint and _is_inside(where, mountpoint):
             found.append(f"the mount on {where}")
@@ -156,16 +197,23 @@ def _uses(process: Path, mountpoint: str) -> bool:
                 return True
         except OSError:
             continue  # closed just now
-    maps = (process / "maps").read_text(errors="surrogateescape")
     return any(
         _is_inside(line.split(maxsplit=5)[5], mountpoint)
-        for line in maps.splitlines()
+        for line in _read(process / "maps").split("\n")
         if mountpoint in line
     )
 
 
 def _is_inside(path: str, mountpoint: str) -> bool:
     return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
+
+
+def _read(path: str | Path) -> str:
+    """Return a file of /proc or /sys, its lines ended by a newline and nothing else.
+
+    Paths in it may be any bytes, and hold what Python takes for the end of a line.
+    """
+    return os.fsdecode(Path(path).read_bytes())
 
 
 def _unescape(field: str) -> str:

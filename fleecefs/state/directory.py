@@ -34,10 +34,14 @@ _NAME_MAX = 63
 
 @dataclass
 class EpochRecord:
-    """An epoch: where its store is."""
+    """An epoch: where its store is, from the state directory.
+
+    `durability` is what it survives: of the daemon ("process"), or also of the host.
+    """
 
     number: int
     store: str
+    durability: str = "process"
 
 
 @dataclass
@@ -152,17 +156,20 @@ class StateDirectory:
             )
         del document["format"], document["version"]
         try:
-            state = _parse(State, document)
+            state: State = _parse(State, document)
             _check(state)
         except (KeyError, TypeError, ValueError, BadName):
             raise NotUsable(f"{path}: is damaged; {_HINT}") from None
         return state
 
     def save(self, state: State) -> None:
-        """Replace state.json; durable on return."""
+        """Replace state.json; durable on return. OSError names the directory."""
         document = {"format": _FORMAT, "version": _VERSION, **asdict(state)}
         text = json.dumps(document, indent=1) + "\n"
-        replace_file(self.path / "state.json", text.encode())
+        try:
+            replace_file(self.path / "state.json", text.encode())
+        except OSError as e:
+            raise OSError(e.errno, f"state {self.path}: {e.strerror}") from None
 
     def close(self) -> None:
         os.close(self._lock_fd)
@@ -173,7 +180,7 @@ _HINT = "restore it from a backup, or give another --state directory"
 
 def _parse(kind: Any, value: Any) -> Any:
     """Return what JSON made of a record; TypeError or KeyError if it is none."""
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         types = get_type_hints(kind)
         return kind(**{name: _parse(types[name], value[name]) for name in value})
     if get_origin(kind) is list:
@@ -214,7 +221,9 @@ def default_path(mountpoint: str) -> Path:
         base = Path("/var/lib")
     else:
         base = Path.home() / ".local/state"
-    return base / "fleecefs" / mountpoint.strip("/").replace("/", "-")
+    # As systemd-escape(1) --path, so that /a/b and /a-b are two.
+    name = mountpoint.strip("/").replace("\\", "\\x5c").replace("-", "\\x2d")
+    return base / "fleecefs" / name.replace("/", "-")
 
 
 def check_name(name: str, what: str) -> None:

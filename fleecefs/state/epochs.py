@@ -7,11 +7,15 @@
 
 In use, the bits of the runtime directory count. After a clean end there are only the
 saved ones, and all data is in the disk tier. After a crash of the host the bits are
-gone: then the snapshots are broken, not guessed.
+gone: then the snapshots are broken, not guessed; unless their epochs were to survive
+the host, for the price of two syncs a copy: then STATE/…/0007/preserved.log has all.
 """
 
+import enum
+import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -22,7 +26,19 @@ from fleecefs.block.bitmap import LiveBits, Owner, sync_directory
 from fleecefs.block.epoch import Epoch, OnCbwError
 from fleecefs.block.raw import RawImage
 from fleecefs.block.store import Budget, Store, Tier
-from fleecefs.errors import NotUsable
+from fleecefs.errors import NotUsable, Unsupported
+from fleecefs.killpoint import reached
+from fleecefs.state.preserved_log import LOST, PRESERVED, PreservedLog, read_log
+
+log = logging.getLogger(__name__)
+
+
+class End(enum.Enum):
+    """How the daemon before this one ended."""
+
+    CLEAN = enum.auto()
+    PROCESS_CRASHED = enum.auto()
+    HOST_CRASHED = enum.auto()
 
 
 class Budgets(NamedTuple):
@@ -46,6 +62,7 @@ class EpochFiles:
         state: Path,
         store: Path,
         budgets: Budgets,
+        survives_host: bool = False,
     ) -> None:
         self.number = number
         self.store = store
@@ -55,6 +72,8 @@ class EpochFiles:
         self._runtime = runtime
         self._state = state
         self._budgets = budgets
+        self._survives_host = survives_host
+        self._log: PreservedLog | None = None
         self._live: dict[str, LiveBits] = {}
 
     def create(self, on_cbw_error: OnCbwError) -> Epoch:
@@ -63,14 +82,25 @@ class EpochFiles:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in self._names():
             self._live[name] = LiveBits.create(self._bits_path(name), self._owner)
+        reached("create.bits")
+        if self._survives_host:
+            self._log = PreservedLog.create(self._log_path, self._owner)
         disk = RawImage.create(self.store / "store.raw", self._size)
         return self._epoch(disk, self._create_ram(), on_cbw_error)
 
-    def load(self, on_cbw_error: OnCbwError, *, is_clean: bool) -> Epoch:
+    def load(self, on_cbw_error: OnCbwError, end: End) -> Epoch:
         """Open an epoch of an earlier daemon; NotUsable names what is wrong."""
         try:
             disk = RawImage.open(self.store / "store.raw", self._size)
-            ram = self._load_saved() if is_clean else self._load_live()
+            if end is End.CLEAN:
+                ram = self._load_saved()
+            elif end is End.PROCESS_CRASHED:
+                ram = self._load_live()
+            else:
+                ram = None
+                self._load_log()
+            if self._survives_host:
+                self._log = PreservedLog.open(self._log_path, self._owner)
         except FileNotFoundError as e:
             raise NotUsable(f"{e.filename}: is missing") from None
         return self._epoch(disk, ram, on_cbw_error)
@@ -99,9 +129,25 @@ class EpochFiles:
         # A crash may have come between the bit of a tier and the epoch's.
         for name in {"ram", "disk"} & set(names):
             self._live[name].bits &= self._live["preserved"].bits
+            reached("start.mended")
         if not has_ram:
             return None
         return RawImage.open(self._runtime / "ram.raw", self._size)
+
+    def _load_log(self) -> None:
+        """Make the bits anew from the log; the disk tier has all data."""
+        if not self._survives_host:
+            raise NotUsable("the host went down without unmounting")
+        self._runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in "preserved", "disk":
+            self._live[name] = LiveBits.create(self._bits_path(name), self._owner)
+        for kind, first, stop in read_log(self._log_path, self._owner):
+            if kind == PRESERVED:
+                # Where the data is zeroes the store has a hole, which reads the same.
+                self._live["preserved"].bits[first:stop] = 1
+                self._live["disk"].bits[first:stop] = 1
+            elif kind == LOST:
+                self._remember("it broke before the host went down")
 
     def _epoch(
         self, disk: RawImage, ram: RawImage | None, on_cbw_error: OnCbwError
@@ -115,7 +161,9 @@ class EpochFiles:
             live["preserved"].bits,
             Store(tiers, size, self._size),
             on_cbw_error=on_cbw_error,
+            commit=partial(self._commit, disk) if self._survives_host else _nothing,
             remember=self._remember,
+            confirm=self._confirm_lost,
             forget=self.remove,
             make_denied=self._make_denied,
             lost=live["preserved"].note,
@@ -125,7 +173,7 @@ class EpochFiles:
         return epoch
 
     def _names(self) -> list[str]:
-        has_ram = self._budgets.ram.limit != 0
+        has_ram = self._budgets.ram.limit != 0 and not self._survives_host
         return ["preserved", "disk", *(["ram"] if has_ram else [])]
 
     def _create_ram(self) -> RawImage | None:
@@ -136,9 +184,32 @@ class EpochFiles:
     def _remember(self, reason: str) -> None:
         self._live["preserved"].note = reason
 
+    def _commit(self, disk: RawImage, first: int, stop: int) -> None:
+        """Make clusters survive the host: first the data, then that it is there."""
+        assert self._log is not None
+        disk.flush()
+        reached("copy.synced")
+        self._log.append(PRESERVED, first, stop)
+        reached("copy.logged")
+
+    def _confirm_lost(self) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log.append(LOST, 0, 0)
+        except OSError as e:
+            # The guest comes first; state.json is another place that will say it.
+            log.error("%s: %s", self._log_path, e.strerror)
+
     def _make_denied(self) -> bitarray:
+        if self._survives_host:
+            raise Unsupported("a snapshot that survives the host keeps all of its past")
         self._live["denied"] = LiveBits.create(self._bits_path("denied"), self._owner)
         return self._live["denied"].bits
+
+    @property
+    def _log_path(self) -> Path:
+        return self._state / "preserved.log"
 
     def _bits_path(self, name: str) -> Path:
         return self._runtime / f"{name}.bits"
@@ -155,6 +226,11 @@ class EpochFiles:
         """Remove all files: the epoch is gone."""
         for directory in {self._runtime, self._state, self.store}:
             shutil.rmtree(directory, ignore_errors=True)
+            reached("remove.removed")
+
+
+def _nothing(first: int, stop: int) -> None:
+    """Commit of an epoch that only has to survive the daemon: it does already."""
 
 
 def gone(number: int, reason: str, forget: Callable[[], None] = lambda: None) -> Epoch:

@@ -5,6 +5,7 @@ its state: the control socket, what is mounted, and the live bits and RAM tiers 
 epochs (state/epochs.py). It survives the daemon and the keeper, not a reboot.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from fleecefs.block.bitmap import replace_file
-from fleecefs.errors import NotUsable
+from fleecefs.errors import Busy, NotUsable
 
 # Where a keeper that gives up says why (keeper.py).
 LAST_WORDS = "gave-up"
@@ -74,6 +75,20 @@ def mount_directory(state_id: UUID) -> Path:
     return path / str(state_id)
 
 
+def lock(directory: Path) -> int:
+    """Return a descriptor that keeps other daemons out; Busy if there is one."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Busy(
+            f"{directory}: in use by the daemon of a copy of this state directory; "
+            "end that one first"
+        ) from None
+    return fd
+
+
 def announce(directory: Path, mountpoint: str) -> None:
     """Record what this runtime directory belongs to, for running_mounts."""
     (directory / LAST_WORDS).unlink(missing_ok=True)
@@ -98,7 +113,7 @@ def running_mounts() -> list[RunningMount]:
             mount = RunningMount(
                 what["mount"], str(control_socket(path.parent)), what["pid"]
             )
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # ended just now
         if _is_served(mount):
             found.append(mount)
@@ -144,10 +159,16 @@ def remove(directory: Path) -> None:
 
 
 def _answers(path: str) -> bool:
+    directory, name = os.path.split(path)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1)
         try:
-            probe.connect(path)
+            fd = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+            try:
+                # A socket's address holds 107 bytes only (unix(7)).
+                probe.connect(f"/proc/self/fd/{fd}/{name}")
+            finally:
+                os.close(fd)
         except OSError:
             return False
     return True
@@ -158,10 +179,13 @@ def _file_system(path: Path) -> str:
     if not path.is_dir():
         return ""
     wanted = os.stat(path).st_dev
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+    # As bytes, and not splitlines: a path may hold what Python takes for the end of a
+    # line.
+    for line in text.rstrip("\n").split("\n"):
         # 36 35 98:0 /root /mount options - type source options   (proc(5))
         fields, _, rest = line.partition(" - ")
-        major, minor = fields.split()[2].split(":")
+        major, minor = fields.split(" ")[2].split(":")
         if os.makedev(int(major), int(minor)) == wanted:
             return rest.split()[0]
     return ""

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import fleecefs
 from fleecefs.cli import main
-from fleecefs.cli.daemons import mount_points, resolve
+from fleecefs.cli.daemons import resolve
 from fleecefs.control.client import Client
 from fleecefs.errors import NotFound, Refused
 from fleecefs.state.runtime import RunningMount
@@ -85,7 +85,7 @@ def test_a_snapshots_life(daemon):
     shown = output_of("snapshot", "show", "nightly")
     deleted = output_of("snapshot", "delete", "nightly")
 
-    assert created == "snapshot nightly of db.raw, web.raw; writers were held 2 ms\n"
+    assert created == "snapshot nightly of db.raw, web.raw; writers were held 2.0 ms\n"
     assert "nightly" in listed
     assert "3 MiB" in listed
     assert "2023-11-1" in shown
@@ -398,10 +398,11 @@ def test_a_mount_point_is_found_through_links(tmp_path):
 def launched(monkeypatch):
     """The settings the keeper would have been started with."""
     calls = []
-    monkeypatch.setattr(
-        "fleecefs.keeper.launch",
-        lambda settings, foreground: calls.append((settings, foreground)),
-    )
+    for name in "launch", "stay":
+        monkeypatch.setattr(
+            f"fleecefs.keeper.{name}",
+            lambda settings, name=name: calls.append((settings, name == "stay")),
+        )
     return calls
 
 
@@ -488,7 +489,7 @@ def test_a_disk_has_a_name_and_a_source(launched, text, name, source):
     ],
 )
 def test_a_failed_mount_is_one_line(monkeypatch, error, text, code):
-    def launch(settings, foreground):
+    def launch(settings):
         raise error
 
     monkeypatch.setattr("fleecefs.keeper.launch", launch)
@@ -534,7 +535,7 @@ def test_a_busy_mount_is_refused_unless_forced(daemon):
 @pytest.fixture
 def abandoned(monkeypatch, running, tmp_path):
     """Mounts without a daemon, and a fusermount3 that writes down its arguments."""
-    monkeypatch.setattr("fleecefs.cli.daemons.mounted", lambda: ["/mnt/dead"])
+    monkeypatch.setattr("fleecefs.fuse.mount.mounts", lambda: ["/mnt/dead"])
     script = tmp_path / "bin" / "fusermount3"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\n')
@@ -572,17 +573,6 @@ def test_other_commands_say_that_the_daemon_is_lost(abandoned):
 
     assert code == 3
     assert text == "/mnt/dead has lost its daemon: use 'fleecefs umount /mnt/dead'"
-
-
-def test_our_mounts_are_found_in_the_kernels_table():
-    table = [
-        "tmpfs /tmp tmpfs rw,nosuid 0 0\n",
-        "fleecefs /mnt/my\\040live fuse.fleecefs rw 0 0\n",
-        "sshfs /mnt/remote fuse.sshfs rw 0 0\n",
-        "fleecefs /mnt/a\\134b fuse.fleecefs rw 0 0\n",
-    ]
-
-    assert mount_points(table) == ["/mnt/my live", "/mnt/a\\b"]
 
 
 # -- completion

@@ -9,7 +9,7 @@ import trio
 from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.events import Events
 from fleecefs.control.server import serving
-from fleecefs.errors import Busy, NameTaken, NotFound
+from fleecefs.errors import Busy, NameTaken, NotFound, Refused
 
 SIZE = 8 << 30
 # Beyond the largest pid_max: nobody has it.
@@ -122,7 +122,11 @@ class FakeDaemon:
             "keeper-pid": None,
             "generation": 1,
             "started": CREATED,
-            "policy": {"on-cbw-error": "break-snapshot", "cbw-timeout": 10.0},
+            "policy": {
+                "on-cbw-error": "break-snapshot",
+                "cbw-timeout": 10.0,
+                "durability": "process",
+            },
             "disks": self.inventory.describe_disks(),
             "snapshots": self.inventory.describe_snapshots(),
             "store": {
@@ -139,10 +143,13 @@ class FakeDaemon:
             raise Busy(f"{self.mount} is in use by {self.users}: close it or --force")
         self._ended.set()
 
+    async def restart(self):
+        raise Refused("this kernel can not")
+
     @contextlib.asynccontextmanager
     async def serving(self):
         self.events.start(trio.lowlevel.current_trio_token())
-        lifecycle = Lifecycle(self.status, self.umount)
+        lifecycle = Lifecycle(self.status, self.umount, self.restart)
         async with serving(self.path, Commands(self.inventory, lifecycle), self.events):
             yield self
 

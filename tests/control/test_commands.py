@@ -27,7 +27,11 @@ def commands(inventory, forced):
     async def umount(force):
         forced.append(force)
 
-    return Commands(inventory, Lifecycle(lambda: {"mount": "/mnt/live"}, umount))
+    async def restart():
+        raise Refused("this kernel can not send requests again")
+
+    lifecycle = Lifecycle(lambda: {"mount": "/mnt/live"}, umount, restart)
+    return Commands(inventory, lifecycle)
 
 
 async def value_of(commands, name, /, **arguments):
@@ -249,9 +253,15 @@ async def test_a_bug_is_logged_and_not_told(commands, inventory, caplog):
 async def test_a_busy_mount_names_its_users(tmp_path):
     daemon = FakeDaemon(tmp_path / "control")
     daemon.users = "qemu (17)"
-    commands = Commands(daemon.inventory, Lifecycle(daemon.status, daemon.umount))
+    commands = Commands(daemon.inventory, Lifecycle(daemon.status, daemon.umount, daemon.restart))
 
     found = await error_of(commands, "fleecefs-umount")
 
     assert found["class"] == "GenericError"
     assert "qemu (17)" in found["desc"]
+
+
+async def test_a_restart_that_is_refused_is_told(commands):
+    reply = await commands.answer(Request("fleecefs-restart", {}, TAG))
+
+    assert reply["error"]["desc"] == "this kernel can not send requests again"

@@ -24,6 +24,7 @@ class Faulty:
     ) -> None:
         self.image = image
         self.fired = 0
+        self.is_paused = False
         self.arm(on, nth=nth, code=code, count=count)
 
     def arm(
@@ -38,7 +39,8 @@ class Faulty:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.image, name)
-        if self._on and name.removesuffix("_into") == self._on:
+        is_armed = self._on and not self.is_paused
+        if is_armed and name.removesuffix("_into") == self._on:
             return self._failing(name, attribute)
         return attribute
 

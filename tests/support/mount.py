@@ -179,7 +179,7 @@ class Mount:
 
     def processes(self) -> list[int]:
         """Return the process ids of all that was started for this mount."""
-        marker = f"{_MARKER}={self.directory}".encode()
+        marker = os.fsencode(f"{_MARKER}={self.directory}")
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
@@ -351,10 +351,10 @@ def loop_device(path: Path, *options: str) -> Iterator[Path]:
 
 def _backing(device: Path) -> str | None:
     try:
-        text = Path("/sys/block", device.name, "loop/backing_file").read_text()
+        text = Path("/sys/block", device.name, "loop/backing_file").read_bytes()
     except OSError:
         return None
-    return text.rstrip("\n")
+    return os.fsdecode(text.removesuffix(b"\n"))
 
 
 @contextmanager

@@ -1,0 +1,103 @@
+"""What is wrong with a state directory that is not in use: `fleecefs check`.
+
+Repaired is only what is safe: files of epochs that no state knows are removed. All that
+concerns a snapshot's content is decided by the next mount, which breaks it or not.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
+
+from fleecefs.block.bitmap import Owner, read_saved
+from fleecefs.errors import NotFound, describe
+from fleecefs.state import runtime
+from fleecefs.state.directory import DiskRecord, EpochRecord, State, StateDirectory
+
+
+class Finding(NamedTuple):
+    """One thing that was found, and whether `check --repair` can mend it."""
+
+    what: str
+    problem: str
+    can_repair: bool
+    repaired: bool = False
+
+
+def check(path: Path, *, repair: bool) -> list[Finding]:
+    """Return what is wrong with a state directory; nothing else is changed.
+
+    Raises NotFound if there is none, Busy if it is in use, NotUsable if state.json
+    can not be read.
+    """
+    if not (path / "state.json").exists():
+        raise NotFound(f"no state in {path}")
+    directory = StateDirectory.open(path)
+    try:
+        state = directory.load()
+        assert state is not None
+        return list(_check(path, state, repair=repair))
+    finally:
+        directory.close()
+
+
+def _check(path: Path, state: State, *, repair: bool) -> Iterator[Finding]:
+    is_same_boot = state.boot_id == runtime.boot_id()
+    if not state.is_clean:
+        crashed = "the daemon and its keeper" if is_same_boot else "the host"
+        yield Finding(str(path), f"not unmounted cleanly: {crashed} crashed", False)
+    for snapshot in state.snapshots:
+        for file in snapshot.files:
+            if file.lost is not None:
+                name = f"snapshot {snapshot.name} of {file.disk}"
+                yield Finding(name, f"is broken: {file.lost}", False)
+    for disk in state.disks:
+        if not os.path.exists(disk.source):
+            yield Finding(f"disk {disk.name}", f"{disk.source} is missing", False)
+        for epoch in disk.epochs:
+            yield from _check_epoch(path, state, disk, epoch)
+    yield from _check_orphans(path, state, repair=repair)
+
+
+def _check_epoch(
+    path: Path, state: State, disk: DiskRecord, epoch: EpochRecord
+) -> Iterator[Finding]:
+    what = f"epoch {epoch.number} of {disk.name}"
+    store = path / epoch.store / "store.raw"
+    if not store.exists():
+        yield Finding(what, f"{store} is missing", False)
+    elif store.stat().st_size != disk.size:
+        yield Finding(what, f"{store} has not the size of the disk", False)
+    if not state.is_clean:
+        return
+    count = -(-disk.size // disk.cluster_size)
+    owner = Owner(UUID(disk.id), epoch.number, count)
+    place = path / "disks" / disk.name / "epochs" / f"{epoch.number:04}"
+    for name in "preserved", "disk":
+        try:
+            read_saved(place / f"{name}.bits", owner)
+        except OSError as e:
+            yield Finding(what, describe(e), False)
+
+
+def _check_orphans(path: Path, state: State, *, repair: bool) -> Iterator[Finding]:
+    known = {
+        (disk.name, f"{epoch.number:04}")
+        for disk in state.disks
+        for epoch in disk.epochs
+    }
+    bases = {path, *(_base(path, epoch) for d in state.disks for epoch in d.epochs)}
+    for base in sorted(bases):
+        for place in sorted(base.glob("disks/*/epochs/*")):
+            if (place.parts[-3], place.name) in known:
+                continue
+            if repair:
+                shutil.rmtree(place)
+            yield Finding(str(place), "belongs to no snapshot", True, repair)
+
+
+def _base(path: Path, epoch: EpochRecord) -> Path:
+    """Return what an epoch's store is below: BASE/disks/NAME/epochs/NUMBER."""
+    return Path(os.path.normpath(path / epoch.store)).parents[3]
