@@ -8,7 +8,6 @@ crash must not make untrue (state/directory.py).
 never by a data thread.
 """
 
-import contextlib
 import logging
 import os
 import queue
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID, uuid4
 
+from fleecefs.block.bitmap import LiveBits, Owner
 from fleecefs.block.disk import (
     CLUSTER_SIZE_MAX,
     CLUSTER_SIZE_MIN,
@@ -121,6 +121,7 @@ class Inventory:
         self.invalidate: Callable[[int], None] = lambda inode: None
         self._directory = directory
         self._state = state
+        self._end = _end_before(state)
         self._emit = emit
         self._control = threading.Lock()
         self._sources: dict[UUID, RawImage] = {}
@@ -162,23 +163,22 @@ class Inventory:
             self._load(sources)
         except BaseException:
             self._close_files()
-            # Only if it is empty: the bits of a daemon that crashed are kept there.
-            with contextlib.suppress(OSError):
-                self.runtime_path.rmdir()
+            # The bits of a daemon that crashed are kept there.
+            if self._end is End.CLEAN:
+                runtime.remove(self.runtime_path)
             raise
         self._recorder.start()
         return self
 
     def _load(self, sources: dict[str, Path]) -> None:
         state = self._state
-        end = self._end_before()
         state.snapshots = [entry for entry in state.snapshots if entry.is_created]
         lost = set(self._lost_files())
         self._forget_disks(set(sources))
         for name, path in sources.items():
             self._add_disk(name, path)
         for record in state.disks:
-            self._load_epochs(record, end)
+            self._load_epochs(record)
         for snapshot in state.snapshots:
             self._add_group(snapshot)
         for name, disk_name, reason in set(self._lost_files()) - lost:
@@ -192,12 +192,6 @@ class Inventory:
             self._collect(disk)
         reached("start.collected")
         self._remove_orphans()
-
-    def _end_before(self) -> End:
-        if self._state.is_clean:
-            return End.CLEAN
-        is_same_boot = self._state.boot_id == runtime.boot_id()
-        return End.PROCESS_CRASHED if is_same_boot else End.HOST_CRASHED
 
     def _lost_files(self) -> Iterable[tuple[str, str, str]]:
         """Yield each broken part of a snapshot: snapshot, disk and reason."""
@@ -268,10 +262,20 @@ class Inventory:
             timeout=self.options.cbw_timeout,
             broke=lambda epoch, reason: self._snapshot_broke(disk, epoch, reason),
         )
-        disk = Disk(name, UUID(record.id), source, history)
+        live = self._live_counters(record)
+        disk = Disk(name, UUID(record.id), source, history, live)
         self.disks[name] = disk
         self.inodes[name] = record.inode
         self.files[record.inode] = disk
+
+    def _live_counters(self, record: DiskRecord) -> LiveBits:
+        """Return what is counted of a disk, over a crash of the daemon."""
+        path = self.runtime_path / "disks" / record.name / "counters"
+        owner = Owner(UUID(record.id), 0, 0)
+        if self._end is End.PROCESS_CRASHED and path.exists():
+            return LiveBits.open(path, owner)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return LiveBits.create(path, owner)
 
     def _is_changed(self, record: DiskRecord, source: RawImage) -> bool:
         """Tell whether a source is not what it was when it was last served.
@@ -317,7 +321,7 @@ class Inventory:
                 if file.disk == disk:
                     yield file
 
-    def _load_epochs(self, record: DiskRecord, end: End) -> None:
+    def _load_epochs(self, record: DiskRecord) -> None:
         """Open the epochs of a disk, and retire again what a crash left unretired.
 
         A snapshot reads its own epoch and all later ones: where one can not be opened,
@@ -334,7 +338,7 @@ class Inventory:
             )
             if reason is None:
                 try:
-                    epoch = files.load(policy, end)
+                    epoch = files.load(policy, self._end)
                 except OSError as e:
                     reason = describe(e)
             if reason is not None:
@@ -762,6 +766,14 @@ class Inventory:
                 if name in self.snapshots[group].snapshots:
                     return self.snapshots[group].snapshots[name]
         raise NotFound(f"no disk or snapshot file {path!r}")
+
+
+def _end_before(state: State) -> End:
+    """Return how the daemon that saved a state ended."""
+    if state.is_clean:
+        return End.CLEAN
+    is_same_boot = state.boot_id == runtime.boot_id()
+    return End.PROCESS_CRASHED if is_same_boot else End.HOST_CRASHED
 
 
 def _check_cluster_size(size: int | None) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from fleecefs.block.memory import MemoryImage
 from fleecefs.block.store import Budget
-from fleecefs.errors import SnapshotLost
+from fleecefs.errors import Abandoned, SnapshotLost
 from tests.support.disks import (
     BREAK_GUEST_WRITE,
     BREAK_SNAPSHOT,
@@ -43,7 +43,7 @@ class World:
 
     def __init__(self, *, on_cbw_error=BREAK_SNAPSHOT, disk_limit=None):
         self.on_cbw_error = on_cbw_error
-        self.is_full = disk_limit is not None
+        self.may_break = disk_limit is not None
         self.memory = MemoryImage(SIZE, clusters("abcd"))
         self.disk = make_disk(source=self.memory)
         # One cluster in RAM, the others on disk.
@@ -84,7 +84,7 @@ class World:
         snapshot = self.snapshots[name]
         if snapshot.lost is not None:
             is_deleted = any("delete" in r and name in r for r in requests)
-            is_broken = self.is_full and self.on_cbw_error is BREAK_SNAPSHOT
+            is_broken = self.may_break and self.on_cbw_error is BREAK_SNAPSHOT
             assert is_deleted or is_broken, snapshot.lost
             return None
         text = ""
@@ -173,7 +173,7 @@ WORLDS = {
 INSTANTS = {"old": "abcd", "new": "aBcd"}
 
 READING = {name for name in REQUESTS if name.startswith(("read", "map"))}
-WRITING = {name for name in REQUESTS if "write" in name or "discard" in name}
+WRITING = [name for name in REQUESTS if "write" in name or "discard" in name]
 
 
 def pairs(kind):
@@ -183,7 +183,7 @@ def pairs(kind):
             continue
         if "take" in first and "take" in second:
             continue
-        # Only a write finds out that a store is full; "write a" stands for all.
+        # Only a write finds out that a store is full; these two stand for all.
         if kind != "roomy" and not {"write a", "write all"} & {first, second}:
             continue
         yield pytest.param(kind, first, second, id=f"{first} / {second}, {kind}")
@@ -224,28 +224,69 @@ def test_a_request_is_interrupted_by_another_one(kind, first, second):
             raise
 
 
+@pytest.mark.parametrize(
+    "policy", [BREAK_SNAPSHOT, BREAK_GUEST_WRITE], ids=lambda policy: policy.value
+)
+@pytest.mark.parametrize("name", WRITING)
+def test_a_request_expires_and_all_is_overwritten_before_it_comes_back(name, policy):
+    worlds = []
+    rest = [write("WWWW", 0)]
+
+    def make():
+        world = World(on_cbw_error=policy)
+        world.may_break = True
+        worlds.append(world)
+
+        def expire():
+            world.disk.history.expire(float("inf"))
+            return run(rest, world)
+
+        return world.disk.requests, partial(run, REQUESTS[name], world), expire
+
+    for schedule, request, later in schedules(make):
+        world = worlds.pop()
+        try:
+            is_abandoned = isinstance(request.error(), Abandoned)
+            assert is_abandoned or request.result() == []
+            assert later.result() == []
+            steps = [] if is_abandoned else REQUESTS[name]
+            expected = states_of([[*rest, *steps], [*steps, *rest]])
+            assert letters(world.memory.data) in expected
+            check_snapshots(world, [name], [*REQUESTS[name], *rest])
+            world.check_end()
+        except AssertionError as e:
+            e.add_note(f"it expired at {schedule.where}, line {schedule.line}")
+            raise
+
+
 def check(world, names, outcomes):
     """Check what two requests and the world tell after they have met."""
     check_outcomes(world, names, outcomes)
     first, second = (REQUESTS[name] for name in names)
     steps = [*first, *second]
-    any_order = [
-        order
-        for count in range(len(steps) + 1)
-        for order in itertools.permutations(steps, count)
-    ]
-    expected = any_order if world.is_full else [steps, [*second, *first]]
-    assert letters(world.memory.data) in states_of(expected)
+    any_order = any_orders(steps) if world.may_break else [steps, [*second, *first]]
+    assert letters(world.memory.data) in states_of(any_order)
+    check_snapshots(world, names, steps)
+    world.check_end()
+
+
+def any_orders(steps):
+    """Return all orders of some steps, and of some of them."""
+    counts = range(len(steps) + 1)
+    return [order for n in counts for order in itertools.permutations(steps, n)]
+
+
+def check_snapshots(world, names, steps):
     found = {name: world.look(name, names) for name in world.snapshots}
     for name, text in found.items():
         if name in INSTANTS and text is not None:
             assert matches(text, INSTANTS[name])
         elif text is not None:
-            assert text in states_of(any_order)
-    if not world.is_full:
+            assert text in states_of(any_orders(steps))
+    # They stay what they are.
+    if not world.may_break:
         world.disk.write(clusters("...."), 0)
         assert {name: world.look(name, names) for name in world.snapshots} == found
-    world.check_end()
 
 
 def check_outcomes(world, names, outcomes):
@@ -257,11 +298,11 @@ def check_outcomes(world, names, outcomes):
                     instant = INSTANTS.get(name, "")
                     assert instant[cluster : cluster + len(text)] == text
             case SnapshotLost():
-                assert may_be_lost or world.is_full
+                assert may_be_lost or world.may_break
             case error:
                 assert isinstance(error, OSError), error
                 assert error.errno == errno.ENOSPC
-                assert world.is_full
+                assert world.may_break
                 assert world.on_cbw_error is BREAK_GUEST_WRITE
 
 

@@ -32,6 +32,10 @@ _NOTE_AT = 256
 _NOTE = struct.Struct("<I")
 _NOTE_MAX = 1024
 
+# And some numbers of 64 bits, for whoever counts.
+_COUNTERS_AT = 2048
+_COUNTERS = 32
+
 
 class Owner:
     """Whose bits they are: checked whenever a file is opened."""
@@ -72,6 +76,8 @@ class LiveBits:
         self._memory = memory
         view = memoryview(memory)[PAGE : PAGE + _payload_size(owner.count)]
         self.bits = bitarray(endian="little", buffer=view)
+        end = _COUNTERS_AT + 8 * _COUNTERS
+        self.counters = memoryview(memory)[_COUNTERS_AT:end].cast("Q")
 
     @classmethod
     def create(cls, path: Path, owner: Owner) -> Self:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from uuid import UUID
 
+from fleecefs.block.bitmap import LiveBits
 from fleecefs.block.epoch import Epoch, History
 from fleecefs.block.extent import Mapped, clip, pieces
 from fleecefs.block.image import Image, mapped_at
@@ -32,6 +33,9 @@ _BITS_MAX = 64 * MiB
 _PIECE_SIZE = 64 * MiB
 
 
+_READS, _WRITES = 0, 1
+
+
 def default_cluster_size(size: int) -> int:
     """Return the smallest power of two for which the bitmap of a disk stays small."""
     cluster_size = CLUSTER_SIZE_MIN
@@ -44,7 +48,12 @@ class Disk:
     """A source being exposed and protected. Its size never changes."""
 
     def __init__(
-        self, name: str, disk_id: UUID, source: Image, history: History
+        self,
+        name: str,
+        disk_id: UUID,
+        source: Image,
+        history: History,
+        live: LiveBits | None = None,
     ) -> None:
         self.name = name
         self.id = disk_id
@@ -53,9 +62,20 @@ class Disk:
         self.history = history
         self.requests: Requests = history.requests
         # Why no flush can succeed any more; the kernel may have dropped dirty pages.
-        self.flush_error: str | None = None
-        self.reads = 0
-        self.writes = 0
+        self.flush_error = live.note if live is not None else None
+        # Of no bits, but with counters and a note that outlive the daemon.
+        self._live = live
+        self._counters = live.counters if live is not None else [0, 0]
+
+    @property
+    def reads(self) -> int:
+        """How many reads there have been since the disk was mounted."""
+        return self._counters[_READS]
+
+    @property
+    def writes(self) -> int:
+        """How many writes there have been since the disk was mounted."""
+        return self._counters[_WRITES]
 
     @property
     def cluster_size(self) -> int:
@@ -65,7 +85,7 @@ class Disk:
         """Return current bytes; less only at the end."""
         if offset + length > self.size:
             length = clip(offset, length, self.size)
-        self.reads += 1
+        self._counters[_READS] += 1
         return self.source.pread(length, offset)
 
     def write(
@@ -91,7 +111,7 @@ class Disk:
             if history.newest is not None:
                 history.preserve(offset, end)
             reached("write.preserved")
-            self.writes += 1
+            self._counters[_WRITES] += 1
             written = self.source.pwrite(data, offset)
             reached("write.written")
             if durable:
@@ -148,6 +168,8 @@ class Disk:
             self.source.flush()
         except OSError as e:
             self.flush_error = f"a flush failed: {e.strerror}"
+            if self._live is not None:
+                self._live.note = self.flush_error
             log.error("disk %s: %s; no later one succeeds", self.name, self.flush_error)
             raise
         if self.flush_error is not None:

@@ -209,7 +209,7 @@ def _check(state: State) -> None:
 
 
 def new_state(boot_id: str) -> State:
-    return State(id=str(uuid4()), boot_id=boot_id, is_clean=False)
+    return State(id=str(uuid4()), boot_id=boot_id, is_clean=True)
 
 
 def default_path(mountpoint: str) -> Path:

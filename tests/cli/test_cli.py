@@ -424,6 +424,7 @@ def test_mount_with_all_defaults(launched, tmp_path, monkeypatch):
         "on_cbw_error": "break-snapshot",
         "cbw_timeout": 10.0,
         "cluster_size": None,
+        "durability": "process",
         "allow_other": False,
         "log": f"{state}/fleecefs.log",
     }
@@ -442,7 +443,7 @@ def test_mount_with_everything(launched, tmp_path, monkeypatch):
 
     words = """mount --disk a=b --state s --store t --store-limit 10GiB
         --ram-limit 64M --on-cbw-error break-guest-write --cbw-timeout 2.5
-        --cluster-size 64K --foreground --allow-other --log l /m"""
+        --cluster-size 64K --durability host --foreground --allow-other --log l /m"""
     output_of(*words.split())
 
     ((settings, foreground),) = launched
@@ -457,6 +458,7 @@ def test_mount_with_everything(launched, tmp_path, monkeypatch):
         "on_cbw_error": "break-guest-write",
         "cbw_timeout": 2.5,
         "cluster_size": 65536,
+        "durability": "host",
         "allow_other": True,
         "log": str(tmp_path / "l"),
     }
