@@ -104,7 +104,8 @@ class Tier:
                 # A copy that failed midway may have brought some of them before.
                 before = self.bits.count(1, first, stop)
                 self.bits[first:stop] = 1
-                self._budget.give(before * self._cluster_size)
+                if before:
+                    self._budget.give(before * self._cluster_size)
         return True
 
     def free(self, first: int, stop: int) -> None:

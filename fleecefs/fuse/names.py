@@ -164,6 +164,8 @@ class Names(pyfuse3.Operations):
         entry.st_uid, entry.st_gid = status.st_uid, status.st_gid
         entry.st_size = snapshot.size
         entry.st_blocks = snapshot.allocated() // 512
+        # cmp and others read in these units.
+        entry.st_blksize = 1 << 20
         _fill_times(entry, snapshot.created_ns)
         entry.entry_timeout = entry.attr_timeout = _DISK_SECONDS
 
