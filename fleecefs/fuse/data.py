@@ -18,12 +18,13 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from fleecefs.block.disk import Disk, drained
 from fleecefs.block.raw import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from fleecefs.block.snapshot import Snapshot
-from fleecefs.errors import Abandoned, NoSpace, NotFound, ReadOnly, Unsupported
+from fleecefs.errors import Abandoned, Busy, NoSpace, NotFound, ReadOnly, Unsupported
 from fleecefs.fuse import wire
 from fleecefs.fuse.channel import Channel
 from fleecefs.killpoint import reached
@@ -79,6 +80,7 @@ class DataThreads:
         self._wanted = _THREADS_MIN
         self._ended = threading.Event()
         self._stopping = False
+        self._drained = ExitStack()
         # Who opened what for writing last: see `opened_by`.
         self._opened: dict[int, int] = {}
 
@@ -98,11 +100,15 @@ class DataThreads:
     def stop(self) -> None:
         """Serve no request any more; return when none that writes is running.
 
-        The kernel keeps waiting for answers until the descriptor is closed.
+        The disks stay drained, for a thread that has just got a request. The kernel
+        keeps waiting for answers until the descriptor is closed.
         """
         self._stopping = True
-        with drained(list(self._disks())):
-            self._ended.set()
+        try:
+            self._drained = drained(list(self._disks()))
+        except Busy as e:
+            log.error("ending without waiting any longer: %s", e.strerror)
+        self._ended.set()
 
     def opened_by(self, pid: int, inode: int) -> bool:
         """Tell, once, whether a process has just opened a file for writing.
