@@ -54,9 +54,25 @@ def _unmount_abandoned(path: str, force: bool) -> None:
 
 
 def _end(running: "RunningMount", force: bool) -> None:
-    from fleecefs.control.client import Client
+    from fleecefs.control.client import ConnectionLost
+    from fleecefs.fuse.mount import mounts
 
     deadline = time.monotonic() + END_TIMEOUT
+    try:
+        _end_daemon(running, force, deadline)
+    except ConnectionLost:
+        # The daemon has died. The keeper starts the next one: that one has to be told
+        # too, unless it finds that all is unmounted.
+        if running.mount in mounts():
+            _end(daemons.choose(running.mount), force)
+            return
+        with _process(running.pid) as ended:
+            _wait(ended, deadline)
+
+
+def _end_daemon(running: "RunningMount", force: bool, deadline: float) -> None:
+    from fleecefs.control.client import Client
+
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(Client(running.socket, END_TIMEOUT))
         status = cast("Status", client.execute("fleecefs-status"))
