@@ -8,7 +8,7 @@ import pytest
 from fleecefs.block.epoch import OnCbwError
 from fleecefs.block.store import Budget
 from fleecefs.errors import NoSpace, NotUsable
-from fleecefs.state.epochs import Budgets, EpochFiles, gone
+from fleecefs.state.epochs import Budgets, End, EpochFiles, gone
 from tests.support.disks import BREAK_SNAPSHOT, CLUSTER, clusters, letters
 
 DISK = UUID("5f0c4b1e-6b0c-4d0e-9c6a-1f2e3d4c5b6a")
@@ -93,7 +93,7 @@ def test_what_lives_is_found_by_the_next_daemon(place, policy):
     keep(epoch, ".bc", 2)
 
     place.limit(ram=CLUSTER)
-    again = place.files().load(policy, is_clean=False)
+    again = place.files().load(policy, End.PROCESS_CRASHED)
 
     assert kept(again) == "a..bc..."
     assert again.preserved[:COUNT].to01() == "10111000"
@@ -110,7 +110,7 @@ def test_what_was_saved_is_found_without_what_lived(place):
         path.unlink()
     place.runtime.rmdir()
 
-    again = place.files().load(BREAK_SNAPSHOT, is_clean=True)
+    again = place.files().load(BREAK_SNAPSHOT, End.CLEAN)
 
     assert kept(again) == "...ab..."
     assert again.preserved[:COUNT].to01() == "00011000"
@@ -125,7 +125,7 @@ def test_saving_twice_saves_the_latter(place):
     keep(epoch, "b", 1)
     files.save(epoch)
 
-    again = place.files().load(BREAK_SNAPSHOT, is_clean=True)
+    again = place.files().load(BREAK_SNAPSHOT, End.CLEAN)
 
     assert kept(again) == "ab......"
 
@@ -145,7 +145,7 @@ def test_what_does_not_fit_can_not_be_saved(place):
 def test_a_lost_epoch_says_so_to_the_next_daemon(place):
     place.files().create(BREAK_SNAPSHOT).lose("no space in «store»")
 
-    again = place.files().load(BREAK_SNAPSHOT, is_clean=False)
+    again = place.files().load(BREAK_SNAPSHOT, End.PROCESS_CRASHED)
 
     assert again.lost == "no space in «store»"
 
@@ -153,22 +153,22 @@ def test_a_lost_epoch_says_so_to_the_next_daemon(place):
 def test_a_long_reason_is_cut(place):
     place.files().create(BREAK_SNAPSHOT).lose("ü" * 5000)
 
-    again = place.files().load(BREAK_SNAPSHOT, is_clean=False)
+    again = place.files().load(BREAK_SNAPSHOT, End.PROCESS_CRASHED)
 
     assert again.lost.startswith("ü" * 500)
     assert len(again.lost) < 600
 
 
-@pytest.mark.parametrize("is_clean", [False, True])
-def test_what_was_denied_stays_denied(place, is_clean):
+@pytest.mark.parametrize("end", [End.PROCESS_CRASHED, End.CLEAN])
+def test_what_was_denied_stays_denied(place, end):
     files = place.files()
     epoch = files.create(BREAK_SNAPSHOT)
     epoch.denied = epoch.make_denied()
     epoch.denied[2:4] = 1
-    if is_clean:
+    if end is End.CLEAN:
         files.save(epoch)
 
-    again = place.files().load(BREAK_SNAPSHOT, is_clean=is_clean)
+    again = place.files().load(BREAK_SNAPSHOT, end)
 
     assert again.denied[:COUNT].to01() == "00110000"
 
@@ -179,7 +179,7 @@ def test_a_bit_of_a_tier_alone_is_cleared(place):
     epoch.store.put(clusters("ab"), 0)
     epoch.preserved[0] = 1
 
-    again = place.files().load(BREAK_SNAPSHOT, is_clean=False)
+    again = place.files().load(BREAK_SNAPSHOT, End.PROCESS_CRASHED)
 
     assert again.store.used() == {"ram": CLUSTER, "disk": 0}
 
@@ -192,13 +192,13 @@ def test_a_bit_of_a_tier_alone_is_cleared(place):
         pytest.param({"cluster_size": 8192}, "another disk", id="another cluster size"),
     ],
 )
-@pytest.mark.parametrize("is_clean", [False, True])
-def test_files_of_something_else_are_refused(place, change, says, is_clean):
+@pytest.mark.parametrize("end", [End.PROCESS_CRASHED, End.CLEAN])
+def test_files_of_something_else_are_refused(place, change, says, end):
     files = place.files()
     files.save(files.create(BREAK_SNAPSHOT))
 
     with pytest.raises(NotUsable, match=says):
-        place.files(**change).load(BREAK_SNAPSHOT, is_clean=is_clean)
+        place.files(**change).load(BREAK_SNAPSHOT, end)
 
 
 @pytest.mark.parametrize("name", ["preserved.bits", "disk.bits", "ram.raw"])
@@ -207,7 +207,7 @@ def test_a_missing_file_is_named(place, name):
     (place.runtime / name).unlink()
 
     with pytest.raises(NotUsable, match=rf"{name}: is missing"):
-        place.files().load(BREAK_SNAPSHOT, is_clean=False)
+        place.files().load(BREAK_SNAPSHOT, End.PROCESS_CRASHED)
 
 
 @pytest.mark.parametrize("name", ["preserved.bits", "disk.bits", "ram.raw"])
@@ -216,7 +216,7 @@ def test_a_truncated_file_is_named(place, name):
     os.truncate(place.runtime / name, 4096)
 
     with pytest.raises(NotUsable, match=name):
-        place.files().load(BREAK_SNAPSHOT, is_clean=False)
+        place.files().load(BREAK_SNAPSHOT, End.PROCESS_CRASHED)
 
 
 def test_removing_leaves_nothing(place):
