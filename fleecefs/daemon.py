@@ -232,6 +232,7 @@ def main() -> int:
         os.write(report_fd, json.dumps(what).encode() + b"\n")
         os.close(report_fd)
 
+    logs.hold()
     try:
         daemon = Daemon(settings, fuse_fd)
         logs.open_log(settings["log"])

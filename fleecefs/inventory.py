@@ -9,6 +9,7 @@ never by a data thread.
 """
 
 import logging
+import math
 import os
 import queue
 import shutil
@@ -259,7 +260,8 @@ class Inventory:
             source,
             Requests(),
             record.cluster_size,
-            timeout=self.options.cbw_timeout,
+            # As in QEMU, 0 is no limit.
+            timeout=self.options.cbw_timeout or math.inf,
             broke=lambda epoch, reason: self._snapshot_broke(disk, epoch, reason),
         )
         live = self._live_counters(record)
@@ -472,6 +474,10 @@ class Inventory:
                 begin = time.monotonic_ns()
                 freeze(chosen, epochs)
                 reached("create.frozen")
+                if self.options.survives_host:
+                    # What nobody overwrites stays on the source: it has to last too.
+                    for disk in chosen:
+                        disk.flush()
                 record.held_ns = time.monotonic_ns() - begin
                 record.created_ns = time.time_ns()
                 record.is_created = True

@@ -98,6 +98,7 @@ class Keeper:
         self._settings = settings
         self._mountpoint: str = settings["mount"]
         self._launcher_fd = launcher_fd
+        self._is_told = False
         self._fuse_fd = -1
         self._daemon: subprocess.Popen[bytes] | None = None
         self._generation = 0
@@ -124,7 +125,9 @@ class Keeper:
         unmount(self._mountpoint, lazy=True)
         if reason is None:
             return 0
-        if self._ready is not None:
+        if self._ready is None:
+            self._tell_launcher({"error": reason})
+        else:
             self._say(reason, Path(self._ready["runtime"]))
         return 1
 
@@ -239,13 +242,15 @@ class Keeper:
     # -- what people hear
 
     def _tell_launcher(self, said: dict[str, Any]) -> None:
-        """Pass on how the start went, to whoever waits for that."""
+        """Pass on, once, how the start went, to whoever waits for that."""
+        if self._is_told:
+            return
+        self._is_told = True
         if self._launcher_fd >= 0:
             with contextlib.suppress(BrokenPipeError):
                 os.write(self._launcher_fd, json.dumps(said).encode() + b"\n")
             os.close(self._launcher_fd)
-            self._launcher_fd = -1
-        elif self._generation == 0 and "error" in said:
+        elif "error" in said:
             print(f"fleecefs: {said['error']}", file=sys.stderr)
 
     def _say(self, reason: str, runtime: Path) -> None:

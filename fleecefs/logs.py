@@ -17,11 +17,11 @@ def open_log(path: str | None) -> None:
 
     What Python itself says on stderr goes to the file too.
     """
+    early = _held()
     if path == JOURNAL:
-        try:
-            handler = logging.handlers.SysLogHandler("/dev/log")
-        except OSError as e:
-            raise NotUsable(f"log {path}: /dev/log: {e.strerror}") from None
+        if not os.path.exists("/dev/log"):
+            raise NotUsable(f"log {path}: there is no /dev/log: give a file")
+        handler = logging.handlers.SysLogHandler("/dev/log")
         handler.ident = f"fleecefs[{os.getpid()}]: "
         logging.basicConfig(
             format="%(levelname)s %(message)s",
@@ -29,8 +29,7 @@ def open_log(path: str | None) -> None:
             handlers=[handler],
             force=True,
         )
-        return
-    if path is not None:
+    elif path is not None:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as e:
@@ -38,4 +37,22 @@ def open_log(path: str | None) -> None:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
         os.close(fd)
-    logging.basicConfig(format=_FORMAT, level=logging.INFO, force=True)
+    if path != JOURNAL:
+        logging.basicConfig(format=_FORMAT, level=logging.INFO, force=True)
+    for record in early:
+        logging.getLogger().handle(record)
+
+
+def hold() -> None:
+    """Keep what is logged from now on, until there is a place for it: open_log."""
+    logging.basicConfig(
+        level=logging.INFO,
+        handlers=[logging.handlers.MemoryHandler(1000, flushLevel=logging.CRITICAL)],
+        force=True,
+    )
+
+
+def _held() -> list[logging.LogRecord]:
+    handlers = logging.getLogger().handlers
+    held = [h for h in handlers if isinstance(h, logging.handlers.MemoryHandler)]
+    return [record for handler in held for record in handler.buffer]

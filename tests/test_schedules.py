@@ -230,7 +230,7 @@ def test_a_request_is_interrupted_by_another_one(kind, first, second):
 @pytest.mark.parametrize("name", WRITING)
 def test_a_request_expires_and_all_is_overwritten_before_it_comes_back(name, policy):
     worlds = []
-    rest = [write("WWWW", 0)]
+    rest = [step("take", "last"), write("WWWW", 0)]
 
     def make():
         world = World(on_cbw_error=policy)

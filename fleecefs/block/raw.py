@@ -76,6 +76,11 @@ class RawImage:
                 os.close(fd)
             if isinstance(e, Error):
                 raise
+            if e.errno == errno.EBUSY:
+                raise Busy(
+                    f"source {path}: in use by the system: mounted, used as swap, or "
+                    "part of another device"
+                ) from None
             raise _named(e, f"source {path}: {e.strerror}") from None
 
     @classmethod

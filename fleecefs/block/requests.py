@@ -79,7 +79,7 @@ class Requests:
             return False
         self._waiting += 1
         try:
-            self._changed.wait(left)
+            self._changed.wait(min(left, threading.TIMEOUT_MAX))
         finally:
             self._waiting -= 1
         return True

@@ -7,7 +7,7 @@ import click
 
 from fleecefs.cli.edge import FAILED
 from fleecefs.cli.options import complete_paths, json_option
-from fleecefs.cli.text import print_json, print_table, printable
+from fleecefs.cli.text import print_json, printable
 
 if TYPE_CHECKING:
     from fleecefs.state.check import Finding
@@ -32,13 +32,15 @@ def check(ctx: click.Context, repair: bool, as_json: bool, state: str) -> None:
     elif not findings:
         click.echo("nothing is wrong")
     else:
-        rows = [(printable(f.what), printable(f.problem), _remedy(f)) for f in findings]
-        print_table(("WHAT", "PROBLEM", "REPAIR"), rows)
+        for finding in findings:
+            click.echo(
+                printable(f"{finding.what}: {finding.problem}{_remedy(finding)}")
+            )
     if not all(finding.repaired for finding in findings):
         ctx.exit(FAILED)
 
 
 def _remedy(finding: "Finding") -> str:
     if finding.repaired:
-        return "done"
-    return "use --repair" if finding.can_repair else "no"
+        return "; removed"
+    return "; --repair removes it" if finding.can_repair else ""

@@ -68,7 +68,7 @@ def _on_itself(what: str, path: str, mountpoint: str) -> NotUsable:
 def _loop_files(path: Path) -> Iterator[str]:
     """Yield the files that a path lies on by loop devices, one under the other."""
     while True:
-        while not path.exists():
+        while not os.path.exists(path):  # or nobody may look
             path = path.parent
         status = path.stat()
         is_device = stat.S_ISBLK(status.st_mode)

@@ -254,3 +254,26 @@ def test_opcodes_are_those_of_the_kernel():
         *(36, 38, 42, 43, 46),
         *(47, 53),
     ]
+
+
+# -- notifications: the code is where an answer has its error, unique is 0
+
+
+def test_invalidation_of_all_that_is_cached_of_a_file():
+    notification = wire.invalidate_inode(18)
+
+    # struct fuse_notify_inval_inode_out: ino off len; length 0 is up to the end.
+    assert notification == struct.pack("<IiQ", 40, 2, 0) + struct.pack("<Qqq", 18, 0, 0)
+
+
+def test_call_for_unanswered_requests():
+    assert wire.resend() == struct.pack("<IiQ", 16, 7, 0)
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_kernel_that_can_resend_is_told_by_the_answer_to_init(offered):
+    flags = ALL_FLAGS if offered else ALL_FLAGS & ~(1 << 39)
+
+    reply = wire.answer_init(init_request(flags=flags))
+
+    assert wire.can_resend(reply) == offered
