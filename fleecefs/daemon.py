@@ -10,6 +10,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -225,6 +226,9 @@ def main() -> int:
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, _KEEPER_GONE, 0, 0, 0)
     libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+    # An epoch of a disk has five files open, and there may be many.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if os.getppid() != settings["keeper"]:
         return 1
 

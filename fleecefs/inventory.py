@@ -474,12 +474,13 @@ class Inventory:
                 begin = time.monotonic_ns()
                 freeze(chosen, epochs)
                 reached("create.frozen")
-                if self.options.survives_host:
-                    # What nobody overwrites stays on the source: it has to last too.
-                    for disk in chosen:
-                        disk.flush()
                 record.held_ns = time.monotonic_ns() - begin
                 record.created_ns = time.time_ns()
+                for disk, epoch in zip(chosen, epochs, strict=True):
+                    if self._epoch_files[epoch].survives_host:
+                        # What nobody overwrites stays on the source: it has to last.
+                        disk.flush()
+                reached("create.flushed")
                 record.is_created = True
                 self._save()
                 reached("create.recorded")
@@ -529,7 +530,7 @@ class Inventory:
         place = Path("disks", disk.name, "epochs", f"{record.next_epoch:04}")
         # Relative if it is in the state directory, which may move or be copied.
         store = place if self.options.store is None else self._store_base / place
-        durability = "host" if self.options.survives_host else "process"
+        durability = "host" if self._has_to_survive_host(record) else "process"
         entry = EpochRecord(record.next_epoch, str(store), durability)
         record.next_epoch += 1
         files = self._files_of(record, entry)
@@ -550,6 +551,14 @@ class Inventory:
             )
         )
         return epoch
+
+    def _has_to_survive_host(self, record: DiskRecord) -> bool:
+        """Tell what a new epoch has to survive; older snapshots read it too."""
+        durable = {e.number for e in record.epochs if e.durability == "host"}
+        return self.options.survives_host or any(
+            file.epoch in durable and file.lost is None
+            for file in self._file_records(record.name)
+        )
 
     def _undo_create(
         self, disks: list[Disk], epochs: list[Epoch], record: SnapshotRecord

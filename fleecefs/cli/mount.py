@@ -101,7 +101,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, seconds: float) -> floa
     default=CBW_TIMEOUT,
     show_default=True,
     callback=_seconds,
-    help="How long a guest's write waits for that at most.",
+    help="How long a guest's write waits for that at most; 0: no limit.",
 )
 @click.option(
     "--cluster-size",

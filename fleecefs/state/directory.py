@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
 from uuid import UUID, uuid4
 
-from fleecefs.block.bitmap import replace_file
+from fleecefs.block.bitmap import make_directory, replace_file
 from fleecefs.block.epoch import OnCbwError
 from fleecefs.errors import BadName, Busy, NameTooLong, NotUsable
 
@@ -112,7 +112,7 @@ class StateDirectory:
     def open(cls, path: Path) -> Self:
         """Lock a state directory, made if it is missing; Busy if another has it."""
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(path)
             names = {entry.name for entry in path.iterdir()}
             if "state.json" not in names and names - _BEFORE_STATE:
                 raise NotUsable(

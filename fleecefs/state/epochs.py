@@ -22,7 +22,7 @@ from uuid import UUID
 
 from bitarray import bitarray
 
-from fleecefs.block.bitmap import LiveBits, Owner, sync_directory
+from fleecefs.block.bitmap import LiveBits, Owner, make_directory, sync_directory
 from fleecefs.block.epoch import Epoch, OnCbwError
 from fleecefs.block.raw import RawImage
 from fleecefs.block.store import Budget, Store, Tier
@@ -72,20 +72,23 @@ class EpochFiles:
         self._runtime = runtime
         self._state = state
         self._budgets = budgets
-        self._survives_host = survives_host
+        self.survives_host = survives_host
         self._log: PreservedLog | None = None
         self._live: dict[str, LiveBits] = {}
 
     def create(self, on_cbw_error: OnCbwError) -> Epoch:
         """Make an empty epoch; OSError if there is no room for its bits."""
         for directory in {self._runtime, self._state, self.store}:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(directory)
         for name in self._names():
             self._live[name] = LiveBits.create(self._bits_path(name), self._owner)
         reached("create.bits")
-        if self._survives_host:
-            self._log = PreservedLog.create(self._log_path, self._owner)
         disk = RawImage.create(self.store / "store.raw", self._size)
+        if self.survives_host:
+            # Its size and its name, which no later flush needs to bring.
+            disk.flush()
+            sync_directory(self.store)
+            self._log = PreservedLog.create(self._log_path, self._owner)
         return self._epoch(disk, self._create_ram(), on_cbw_error)
 
     def load(self, on_cbw_error: OnCbwError, end: End) -> Epoch:
@@ -99,7 +102,7 @@ class EpochFiles:
             else:
                 ram = None
                 self._load_log()
-            if self._survives_host:
+            if self.survives_host:
                 self._log = PreservedLog.open(self._log_path, self._owner)
         except FileNotFoundError as e:
             raise NotUsable(f"{e.filename}: is missing") from None
@@ -136,7 +139,7 @@ class EpochFiles:
 
     def _load_log(self) -> None:
         """Make the bits anew from the log; the disk tier has all data."""
-        if not self._survives_host:
+        if not self.survives_host:
             raise NotUsable("the host went down without unmounting")
         self._runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in "preserved", "disk":
@@ -161,7 +164,7 @@ class EpochFiles:
             live["preserved"].bits,
             Store(tiers, size, self._size),
             on_cbw_error=on_cbw_error,
-            commit=partial(self._commit, disk) if self._survives_host else _nothing,
+            commit=partial(self._commit, disk) if self.survives_host else _nothing,
             remember=self._remember,
             confirm=self._confirm_lost,
             forget=self.remove,
@@ -173,7 +176,7 @@ class EpochFiles:
         return epoch
 
     def _names(self) -> list[str]:
-        has_ram = self._budgets.ram.limit != 0 and not self._survives_host
+        has_ram = self._budgets.ram.limit != 0 and not self.survives_host
         return ["preserved", "disk", *(["ram"] if has_ram else [])]
 
     def _create_ram(self) -> RawImage | None:
@@ -202,7 +205,7 @@ class EpochFiles:
             log.error("%s: %s", self._log_path, e.strerror)
 
     def _make_denied(self) -> bitarray:
-        if self._survives_host:
+        if self.survives_host:
             raise Unsupported("a snapshot that survives the host keeps all of its past")
         self._live["denied"] = LiveBits.create(self._bits_path("denied"), self._owner)
         return self._live["denied"].bits
