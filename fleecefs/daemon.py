@@ -84,6 +84,10 @@ class Daemon:
         with self._names.relayed(self._channel.names_fd):
             trio.run(self._serve, report)
 
+    def give_up(self) -> None:
+        """End well without having served."""
+        self._inventory.close()
+
     async def _serve(self, report: Callable[..., None]) -> None:
         inventory = self._inventory
         self._events.start(trio.lowlevel.current_trio_token())
@@ -128,19 +132,22 @@ class Daemon:
     # -- the end
 
     async def _obey_signals(self) -> None:
-        with trio.open_signal_receiver(
-            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _KEEPER_GONE
-        ) as signals:
+        obeyed = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _KEEPER_GONE
+        for number in obeyed:
+            # What holds again after this: who tells us twice does not kill us while we
+            # save.
+            signal.signal(number, signal.SIG_IGN)
+        with trio.open_signal_receiver(*obeyed) as signals:
             async for number in signals:
                 log.info("got %s", signal.Signals(number).name)
-                if number == signal.SIGHUP:
-                    logs.open_log(self._log)
-                    continue
                 try:
+                    if number == signal.SIGHUP:
+                        logs.open_log(self._log)
+                        continue
                     # Without a keeper nobody would free our users if we died.
                     await self._umount(force=number == _KEEPER_GONE)
                 except OSError as e:
-                    log.error("not ended: %s", e.strerror)
+                    log.error("going on: %s", e.strerror)
 
     async def _restart(self) -> None:
         """Make room for the next daemon, which gets what is unanswered."""
@@ -239,10 +246,19 @@ def main() -> int:
     logs.hold()
     try:
         daemon = Daemon(settings, fuse_fd)
-        logs.open_log(settings["log"])
     except OSError as e:
         report(error=describe(e))
         return 1
+    try:
+        logs.open_log(settings["log"])
+    except OSError as e:
+        if settings["generation"] == 0:
+            daemon.give_up()
+            report(error=describe(e))
+            return 1
+        # By now there are users, who need us more than a log.
+        logs.open_log(None)
+        log.error("%s", describe(e))
     daemon.run(report)
     return 0
 

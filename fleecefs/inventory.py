@@ -538,7 +538,7 @@ class Inventory:
             epoch = files.create(self.options.on_cbw_error)
         except OSError as e:
             files.remove()
-            raise OSError(e.errno, f"no new snapshot: {e.strerror}") from None
+            raise OSError(e.errno, f"no new snapshot: {describe(e)}") from None
         record.epochs.append(entry)
         self._epoch_files[epoch] = files
         snapshot.files.append(
@@ -796,7 +796,7 @@ def _check_cluster_size(size: int | None) -> None:
         return
     if size & (size - 1) or not CLUSTER_SIZE_MIN <= size <= CLUSTER_SIZE_MAX:
         raise NotUsable(
-            f"cluster size {format_size(size)}: has to be a power of two from "
+            f"cluster size of {size} bytes: has to be a power of two from "
             f"{format_size(CLUSTER_SIZE_MIN)} to {format_size(CLUSTER_SIZE_MAX)}"
         )
 

@@ -105,6 +105,10 @@ class Keeper:
         self._crashes: list[float] = []
         # What the daemon said when it became ready; None before.
         self._ready: dict[str, Any] | None = None
+        # Signals that came, and when: a daemon is told when it is ready for them, and
+        # the next one too if it died of something else meanwhile.
+        self._asked: dict[signal.Signals, float] = {}
+        self._takes_signals = False
 
     def run(self) -> int:
         """Mount, and keep a daemon running until it is unmounted."""
@@ -186,6 +190,7 @@ class Keeper:
 
     def _wait_ready(self, reports: int, since: float) -> float | None:
         """Wait for the daemon's report; return when it became ready, None if never."""
+        assert self._daemon is not None
         data = b""
         while not data.endswith(b"\n"):
             left = since + _WITHOUT_DAEMON_SECONDS - time.monotonic()
@@ -202,6 +207,10 @@ class Keeper:
                 self._log("ERROR", said["error"])
             return None
         self._ready = said
+        self._takes_signals = True
+        for number, when in list(self._asked.items()):
+            if time.monotonic() - when < _WITHOUT_DAEMON_SECONDS:
+                self._daemon.send_signal(number)
         return time.monotonic()
 
     def _wait_end(self, reports: int) -> int:
@@ -209,6 +218,7 @@ class Keeper:
         try:
             return self._daemon.wait()
         finally:
+            self._takes_signals = False
             os.close(reports)
 
     def _is_overdue(self, since: float) -> bool:
@@ -235,9 +245,11 @@ class Keeper:
 
     def _pass_on(self, number: int, frame: object) -> None:
         """Let the daemon end, or open its log again."""
-        if self._daemon is not None:
-            is_end = number != signal.SIGHUP
-            self._daemon.send_signal(signal.SIGTERM if is_end else signal.SIGHUP)
+        number = signal.SIGHUP if number == signal.SIGHUP else signal.SIGTERM
+        self._asked[number] = time.monotonic()
+        if self._takes_signals:
+            assert self._daemon is not None
+            self._daemon.send_signal(number)
 
     # -- what people hear
 

@@ -18,7 +18,7 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is not a size: write 4096, 64K, 10GiB, ...")
+        raise ValueError(f"{text!r} is not a size: write 4096, 64K or 10GiB")
     number, suffix = match.groups()
     power = _SUFFIXES.index(suffix.upper()) + 1 if suffix else 0
     return int(number) << (10 * power)

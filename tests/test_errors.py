@@ -33,8 +33,6 @@ def complaint(done, code=1):
     """Return the one line with which a command has failed."""
     assert done.returncode == code, done.stderr
     lines = done.stderr.splitlines()
-    with open("/tmp/lines.txt", "a") as f:
-        f.write(done.stderr)
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("fleecefs: ")
     assert "[Errno" not in lines[0]
@@ -473,19 +471,19 @@ def test_an_option_that_can_not_be_understood(plain, option, says):
 @pytest.mark.parametrize(
     ("size", "says"),
     [
-        ("0", "0 B"),
-        ("1", "1 B"),
-        ("2K", "2 KiB"),
-        ("4095", "4.0 KiB"),
-        ("12K", "12 KiB"),
-        ("2M", "2 MiB"),
+        ("0", "0"),
+        ("1", "1"),
+        ("2K", "2048"),
+        ("4095", "4095"),
+        ("12K", "12288"),
+        ("2M", "2097152"),
     ],
 )
 def test_a_cluster_size_that_can_not_be(plain, size, says):
     text = refused(plain, f"--cluster-size={size}")
 
     assert text == (
-        f"cluster size {says}: has to be a power of two from 4 KiB to 1 MiB"
+        f"cluster size of {says} bytes: has to be a power of two from 4 KiB to 1 MiB"
     )
     assert not plain.state.exists()
 
@@ -763,8 +761,7 @@ def test_a_mount_that_fails_changes_no_snapshot(used, spoil):
 
     refused(used)
 
-    if "--log=/nowhere/log" not in used.options:
-        assert (used.state / "state.json").read_bytes() == before
+    assert (used.state / "state.json").read_bytes() == before
     used.sources = {"web.raw": used.sources["web.raw"]}
     used.options.clear()
     for path in used.point.iterdir():

@@ -5,6 +5,7 @@ image stay away; `wait_waiting` returns when a thread waits for somebody else's 
 """
 
 import errno
+import threading
 import time
 
 import pytest
@@ -30,7 +31,7 @@ from tests.support.disks import (
     take_snapshot,
 )
 from tests.support.faulty import Faulty
-from tests.support.gate import Gate
+from tests.support.gate import PATIENCE, Gate
 from tests.support.running import Running
 
 SIZE = 4 * CLUSTER
@@ -815,10 +816,12 @@ def test_a_copy_that_hangs_in_the_store_expires_and_changes_nothing(either):
 
     assert_outcome(either, late, outcome)
     either.assert_nothing_is_left()
+    before = preserved(either.snapshot)
     copy.release()
     assert isinstance(late.error(), Abandoned)
     assert either.on_source == "abcd"
-    assert preserved(either.snapshot) == "0000"
+    assert preserved(either.snapshot) == before
+    assert either.snapshot.lost is not None or before == "0000"
     either.assert_nothing_is_left()
     delete_snapshot(either.disk, either.snapshot)
     assert either.budget.used == 0
@@ -1008,6 +1011,104 @@ def test_a_copy_that_hangs_holds_another_write_no_longer_than_the_timeout(policy
     assert scene.on_source == "Xbcd"
     if scene.snapshot.lost is None:
         assert content(scene.snapshot) == "abcd"
+
+
+# -- it takes a while until it is durable that a snapshot is lost
+
+
+class Confirmations:
+    """What confirms that a snapshot is lost, in any thread, when it is told to."""
+
+    def __init__(self, snapshot):
+        self._arrivals = threading.Semaphore(0)
+        self._released = threading.Event()
+        snapshot.epoch.confirm_lost = self._confirm
+
+    def _confirm(self):
+        self._arrivals.release()
+        assert self._released.wait(PATIENCE)
+
+    def wait_arrived(self):
+        assert self._arrivals.acquire(timeout=PATIENCE)
+
+    def release(self):
+        self._released.set()
+
+
+def test_no_write_goes_on_before_it_is_confirmed_that_its_snapshot_is_lost(scene):
+    confirmations = Confirmations(scene.snapshot)
+    scene.store_faults.arm("pwrite", count=100)
+    first = scene.write("X")
+    confirmations.wait_arrived()
+
+    second = scene.write("Y")
+
+    confirmations.wait_arrived()
+    assert isinstance(scene.read().error(), SnapshotLost)
+    assert scene.on_source == "abcd"
+    confirmations.release()
+    first.result()
+    second.result()
+    assert scene.broken == [scene.snapshot.epoch]
+
+
+def test_the_end_of_an_older_snapshot_does_not_let_writes_go_on_earlier(scene):
+    scene.write("XX").result()
+    store = Faulty(MemoryImage(SIZE), on="pwrite", count=100)
+    broken = take_snapshot(scene.disk, make_tier(scene.disk, image=store))
+    confirmations = Confirmations(broken)
+    first = scene.write("Y")
+    confirmations.wait_arrived()
+
+    delete_snapshot(scene.disk, scene.snapshot)
+
+    others = [scene.write("Z"), scene.write("Z", 1)]
+    for _ in others:
+        confirmations.wait_arrived()
+    assert scene.on_source == "XXcd"
+    confirmations.release()
+    for writer in (first, *others):
+        writer.result()
+    assert not scene.disk.history.epochs
+    assert scene.disk.history.newest is None
+
+
+def test_a_newer_snapshot_goes_while_an_older_one_is_confirmed_to_be_lost(scene):
+    confirmations = Confirmations(scene.snapshot)
+    newer = take_snapshot(scene.disk, make_tier(scene.disk, budget=scene.budget))
+    newer.discard(CLUSTER, 0)
+    image_of(newer).pwrite = Faulty(MemoryImage(SIZE), on="pwrite").pwrite
+    first = scene.write("X")
+    confirmations.wait_arrived()
+
+    delete_snapshot(scene.disk, newer)
+
+    assert scene.disk.history.newest is not None
+    confirmations.release()
+    first.result()
+    assert not scene.disk.history.epochs
+    scene.disk.history.collect()
+    assert scene.budget.used == 0
+
+
+def test_a_snapshot_created_before_an_expiry_is_confirmed_is_exact(scene):
+    confirmations = Confirmations(scene.snapshot)
+    copy = scene.store.hold("pwrite")
+    late = scene.write("X")
+    copy.wait_arrived()
+    expiry = Running(scene.expire)
+    confirmations.wait_arrived()
+
+    newer = take_snapshot(scene.disk)
+
+    confirmations.release()
+    assert expiry.result() == {late.ident: None}
+    assert scene.snapshot.lost is not None
+    scene.write("Y").result()
+    assert content(newer) == "abcd"
+    copy.release()
+    assert isinstance(late.error(), Abandoned)
+    assert content(newer) == "abcd"
 
 
 # -- flushes

@@ -1151,6 +1151,8 @@ class Story:
         found = set(self.host.inventory.snapshots)
         assert set(self.content) - {self.doing} <= found <= set(self.content)
         for name in found:
+            # 0 until the instant has come: before, it is not there.
+            assert self.host.inventory.snapshots[name].created_ns
             assert shown(self.host, name) == self.content[name], name
 
 

@@ -114,6 +114,40 @@ def test_64_snapshots_alive_at_once(mounted):
             assert mount.snapshot(snapshot, name).read_bytes() == content
 
 
+def test_snapshot_is_exact_while_its_clusters_are_overwritten(mounted):
+    mount = mounted({"a.raw": noise(MiB, 0)})
+    live = mount.live("a.raw")
+    content = noise(MiB, 0)
+
+    for index in range(1, 41):
+        mount.create("s")
+        new = noise(MiB, index)
+        with opened(mount.snapshot("s", "a.raw"), os.O_RDONLY | os.O_DIRECT) as fd:
+            # From the end, which a read of all comes to last.
+            writers = [
+                threading.Thread(target=write_backwards, args=(live, new, half))
+                for half in (0, 1)
+            ]
+            for writer in writers:
+                writer.start()
+            with page_aligned(bytes(MiB)) as buffer:
+                while any(writer.is_alive() for writer in writers):
+                    assert os.preadv(fd, [buffer], 0) == MiB
+                    assert buffer[:] == content
+            for writer in writers:
+                writer.join()
+        mount.delete("s")
+        content = new
+        assert live.read_bytes() == content
+
+
+def write_backwards(live: Path, data: bytes, half: int) -> None:
+    """Write every second cluster, each by a request of its own."""
+    with opened(live, os.O_WRONLY) as fd:
+        for offset in range(len(data) - (half + 1) * CLUSTER, -1, -2 * CLUSTER):
+            os.pwrite(fd, data[offset : offset + CLUSTER], offset)
+
+
 def test_deletion_in_any_order_keeps_the_others_exact(mounted):
     size = 16 * CLUSTER
     mount = mounted({"a.raw": noise(size)})

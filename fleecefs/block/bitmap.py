@@ -87,6 +87,8 @@ class LiveBits:
             os.posix_fallocate(fd, 0, PAGE + _payload_size(owner.count))
             os.pwrite(fd, owner.header(), 0)
             return cls(path, owner, mmap.mmap(fd, 0))
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(path)) from None
         finally:
             os.close(fd)
 

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import takewhile
+from typing import NamedTuple
 
 from bitarray import bitarray
 
@@ -104,6 +105,15 @@ class Epoch:
 Run = tuple[int, int, Epoch | None]
 
 
+class Loss(NamedTuple):
+    """Epochs marked lost, because [first, stop) can not be preserved in the newest."""
+
+    epochs: list[Epoch]
+    newest: Epoch | None
+    first: int
+    stop: int
+
+
 class History:
     """The epochs of one disk, oldest first; guarded by the lock of its requests.
 
@@ -128,6 +138,8 @@ class History:
         # Where writes preserve to; None while no snapshot needs them to.
         self.newest: Epoch | None = None
         self.copied = 0
+        # Marked lost, but not yet where it survives what the epochs do.
+        self._breaking: list[Epoch] = []
         self._shift = cluster_size.bit_length() - 1
         self._copy_clusters_max = max(1, COPY_SIZE_MAX >> self._shift)
         self._garbage: list[Callable[[], None]] = []
@@ -231,21 +243,25 @@ class History:
         guest. The caller does: with the error, or, for None, by serving the request
         again, which then finds the snapshot broken and goes on.
         """
-        requests = self.requests
+        requests, error = self.requests, self._too_late()
+        outcome: dict[int, OSError | None] = {}
+        losses = []
         with requests.lock:
             late = [copy for copy in requests.copies.values() if copy.deadline < now]
             for copy in late:
                 copy.abandoned = True
                 del requests.copies[copy.thread]
                 requests.writes.pop(copy.thread, None)
+                outcome[copy.thread] = None
+                # At once: a snapshot that begins from here on has lost nothing.
+                try:
+                    needing = self._needing(copy.first, copy.stop)
+                    losses.append(self._lose(needing, copy.first, copy.stop, error))
+                except TimedOut:
+                    outcome[copy.thread] = error
             requests.changed()
-        outcome: dict[int, OSError | None] = {}
-        for copy in late:
-            outcome[copy.thread] = None
-            try:
-                self._fail(copy.first, copy.stop, self._too_late())
-            except TimedOut as e:
-                outcome[copy.thread] = e
+        for loss in losses:
+            self._break(loss)
         return outcome
 
     def _too_late(self) -> TimedOut:
@@ -257,11 +273,8 @@ class History:
         Afterwards the newest epoch has all of these clusters, or there is none.
         """
         with self.requests.lock:
-            needing = self._needing(first, stop)
-            reason = self._break(needing, first, stop, error)
-        for epoch in needing:
-            epoch.confirm_lost()
-            self.broke(epoch, reason)
+            loss = self._lose(self._needing(first, stop), first, stop, error)
+        self._break(loss)
 
     def _outwait(self, first: int, stop: int) -> None:
         """Break also the snapshots being read from there just now, or raise.
@@ -273,28 +286,41 @@ class History:
             for epoch in self.requests.find_readers(first, stop):
                 if epoch not in needing:
                     needing.append(epoch)
-            reason = self._break(needing, first, stop, self._too_late())
-        for epoch in needing:
-            epoch.confirm_lost()
-            self.broke(epoch, reason)
+            loss = self._lose(needing, first, stop, self._too_late())
+        self._break(loss)
 
-    def _break(
+    def _lose(
         self, needing: list[Epoch], first: int, stop: int, error: OSError
-    ) -> str:
-        """Mark the snapshots of these epochs lost and return why, or raise."""
+    ) -> Loss:
+        """Mark the snapshots of these epochs lost, or raise; hold the lock."""
         guest_fails = OnCbwError.BREAK_GUEST_WRITE
         if any(epoch.on_cbw_error is guest_fails for epoch in needing):
             raise error
-        reason = f"could not preserve: {error.strerror or error}"
         for epoch in needing:
-            epoch.lose(reason)
+            epoch.lose(f"could not preserve: {error.strerror or error}")
             reached("break.marked")
-            self._retire(epoch)
-        if self.newest is not None:
-            # Whoever is still good has them, or has given them up.
-            self.newest.preserved[first:stop] = 1
-        self.requests.changed()
-        return reason
+        self._breaking += needing
+        return Loss(needing, self.newest, first, stop)
+
+    def _break(self, loss: Loss) -> None:
+        """Let go of what was marked lost, and let others overwrite its clusters."""
+        # Before anybody goes on: what another thread has just marked, too. It has not
+        # come so far as to say so yet.
+        for epoch in list(self._breaking):
+            epoch.confirm_lost()
+        with self.requests.lock:
+            for epoch in loss.epochs:
+                self._breaking.remove(epoch)
+                # It may have gone already, with one before it.
+                if epoch in self.epochs:
+                    self._retire(epoch)
+            if loss.newest is not None:
+                # Who was there and is still good has them, or has given them up. Not
+                # in the newest of now: it may have begun since then, and need them.
+                loss.newest.preserved[loss.first : loss.stop] = 1
+            self.requests.changed()
+        for epoch in loss.epochs:
+            self.broke(epoch, epoch.lost or "")
 
     def _needing(self, first: int, stop: int) -> list[Epoch]:
         """Return the epochs whose good snapshots read any of these from the source."""
@@ -362,10 +388,11 @@ class History:
 
     def _retire(self, epoch: Epoch) -> None:
         index = self.epochs.index(epoch)
-        if all(older.lost is not None for older in self.epochs[:index]):
+        if all(self._is_retired(older) for older in self.epochs[:index]):
             self._drop_until_good(index)
             return
-        # The epoch before is good, or was retired and has come to include the others.
+        # The epoch before was retired and has come to include the others, or it is
+        # good, or is breaking: then the rest follows when it retires.
         held = self.epochs[index - 1].preserved
         for retired in self._retired_from(index):
             duplicates = held & retired.preserved
@@ -375,11 +402,14 @@ class History:
             held = retired.preserved
 
     def _retired_from(self, index: int) -> Iterator[Epoch]:
-        return takewhile(lambda epoch: epoch.lost is not None, self.epochs[index:])
+        return takewhile(self._is_retired, self.epochs[index:])
+
+    def _is_retired(self, epoch: Epoch) -> bool:
+        return epoch.lost is not None and epoch not in self._breaking
 
     def _drop_until_good(self, index: int) -> None:
         """Drop the oldest epochs, all retired, up to the first good one."""
-        while index < len(self.epochs) and self.epochs[index].lost is not None:
+        while index < len(self.epochs) and self._is_retired(self.epochs[index]):
             index += 1
         for epoch in self.epochs[:index]:
             self._garbage.append(epoch.drop)

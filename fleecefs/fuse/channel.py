@@ -30,6 +30,7 @@ class Channel:
 
     def __init__(self, fuse_fd: int, init_path: Path, *, is_first: bool) -> None:
         self.fd = fuse_fd
+        self.is_first = is_first
         self.initialized = threading.Event()
         # Names of MKDIR and RMDIR requests that an earlier daemon may have carried out.
         self.resent: set[tuple[int, bytes]] = set()

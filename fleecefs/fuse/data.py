@@ -46,6 +46,10 @@ _IDLE_TICK_MAX = 1.0
 # How long the end waits for requests that hang in storage.
 _END_SECONDS = 10.0
 
+# How long after the beginning of a daemon the second half of an open(2) may come that
+# the daemon before began.
+_EARLIER_SECONDS = 10.0
+
 # Nothing of a live disk is cached: a write is in the snapshot or not when it returns.
 _LIVE_FLAGS = wire.FOPEN_DIRECT_IO | wire.FOPEN_PARALLEL_DIRECT_WRITES
 # A snapshot never changes. Cached, with the kernel's read-ahead, small reads (tar's are
@@ -83,6 +87,7 @@ class DataThreads:
         self._drained = ExitStack()
         # Who opened what for writing last: see `opened_by`.
         self._opened: dict[int, int] = {}
+        self._begun = time.monotonic()
 
     def run(self) -> None:
         """Serve until the kernel says that the mount is gone."""
@@ -114,9 +119,12 @@ class DataThreads:
         """Tell, once, whether a process has just opened a file for writing.
 
         The kernel makes open(O_TRUNC) an OPEN followed by a SETATTR of size 0, which
-        looks like truncate(2) but for the OPEN before it.
+        looks like truncate(2) but for the OPEN before it. Of an OPEN that an earlier
+        daemon answered we know nothing: the SETATTR comes right after it.
         """
-        return self._opened.pop(pid, None) == inode
+        age = time.monotonic() - self._begun
+        may_be_earlier = not self._channel.is_first and age < _EARLIER_SECONDS
+        return self._opened.pop(pid, None) == inode or may_be_earlier
 
     # -- the threads
 

@@ -26,7 +26,7 @@ from fleecefs.block.bitmap import LiveBits, Owner, make_directory, sync_director
 from fleecefs.block.epoch import Epoch, OnCbwError
 from fleecefs.block.raw import RawImage
 from fleecefs.block.store import Budget, Store, Tier
-from fleecefs.errors import NotUsable, Unsupported
+from fleecefs.errors import FlushFailed, NotUsable, Unsupported
 from fleecefs.killpoint import reached
 from fleecefs.state.preserved_log import LOST, PRESERVED, PreservedLog, read_log
 
@@ -75,6 +75,7 @@ class EpochFiles:
         self.survives_host = survives_host
         self._log: PreservedLog | None = None
         self._live: dict[str, LiveBits] = {}
+        self._sync_error: str | None = None
 
     def create(self, on_cbw_error: OnCbwError) -> Epoch:
         """Make an empty epoch; OSError if there is no room for its bits."""
@@ -93,6 +94,8 @@ class EpochFiles:
 
     def load(self, on_cbw_error: OnCbwError, end: End) -> Epoch:
         """Open an epoch of an earlier daemon; NotUsable names what is wrong."""
+        if end is End.HOST_CRASHED and not self.survives_host:
+            raise NotUsable("the host went down without unmounting")
         try:
             disk = RawImage.open(self.store / "store.raw", self._size)
             if end is End.CLEAN:
@@ -101,7 +104,7 @@ class EpochFiles:
                 ram = self._load_live()
             else:
                 ram = None
-                self._load_log()
+                self._load_log(disk)
             if self.survives_host:
                 self._log = PreservedLog.open(self._log_path, self._owner)
         except FileNotFoundError as e:
@@ -137,20 +140,24 @@ class EpochFiles:
             return None
         return RawImage.open(self._runtime / "ram.raw", self._size)
 
-    def _load_log(self) -> None:
+    def _load_log(self, disk: RawImage) -> None:
         """Make the bits anew from the log; the disk tier has all data."""
-        if not self.survives_host:
-            raise NotUsable("the host went down without unmounting")
         self._runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in "preserved", "disk":
             self._live[name] = LiveBits.create(self._bits_path(name), self._owner)
         for kind, first, stop in read_log(self._log_path, self._owner):
             if kind == PRESERVED:
-                # Where the data is zeroes the store has a hole, which reads the same.
                 self._live["preserved"].bits[first:stop] = 1
-                self._live["disk"].bits[first:stop] = 1
             elif kind == LOST:
                 self._remember("it broke before the host went down")
+        # Clusters of zeroes are in no tier: the store has holes there.
+        offset = disk.find_data(0)
+        while offset < self._size:
+            end = disk.find_hole(offset)
+            first, stop = offset // self._cluster_size, -(-end // self._cluster_size)
+            self._live["disk"].bits[first:stop] = 1
+            offset = disk.find_data(end)
+        self._live["disk"].bits &= self._live["preserved"].bits
 
     def _epoch(
         self, disk: RawImage, ram: RawImage | None, on_cbw_error: OnCbwError
@@ -190,16 +197,32 @@ class EpochFiles:
     def _commit(self, disk: RawImage, first: int, stop: int) -> None:
         """Make clusters survive the host: first the data, then that it is there."""
         assert self._log is not None
-        disk.flush()
+        self._sync(disk.flush)
         reached("copy.synced")
-        self._log.append(PRESERVED, first, stop)
+        self._log.append(first, stop)
+        self._sync(self._log.sync)
         reached("copy.logged")
+
+    def _sync(self, flush: Callable[[], None]) -> None:
+        """Make durable what was written. A failure is for ever, as in Disk.flush.
+
+        What the kernel then drops may be of another thread's copy too.
+        """
+        if self._sync_error is None:
+            try:
+                flush()
+            except OSError as e:
+                self._sync_error = e.strerror
+                raise
+        if self._sync_error is not None:
+            raise FlushFailed(f"a sync of the store failed: {self._sync_error}")
 
     def _confirm_lost(self) -> None:
         if self._log is None:
             return
         try:
-            self._log.append(LOST, 0, 0)
+            self._log.mark_lost()
+            self._log.sync()
         except OSError as e:
             # The guest comes first; state.json is another place that will say it.
             log.error("%s: %s", self._log_path, e.strerror)

@@ -4,9 +4,13 @@ A file with a header page, as bits have it (block/bitmap.py), and records of 32 
 A record is written and synced after the clusters' data, and before the guest overwrites
 them; so whatever the disk of a guest has lost, the store has.
 
-Records are found by their CRC, each for itself: writers append at once, and after a
-crash one may be missing before another. A record that is torn or missing belongs to a
-write that had not begun. No record is ever changed.
+Each record has a CRC and stands for itself: writers append at once, and after a crash
+one may be missing before another. A missing record is all zeroes, and belongs to a
+write that had not begun. No record is ever changed, and no sector of a disk is torn; so
+what is neither zeroes nor whole is damage, and the log is refused.
+
+The first record's place is kept for the one that says that the snapshot is broken:
+there is space for it, whatever else is full.
 """
 
 import os
@@ -19,14 +23,16 @@ from typing import NamedTuple, Self
 
 from fleecefs.block.bitmap import PAGE, Owner, sync_directory
 from fleecefs.block.raw import fallocate
-from fleecefs.errors import NoSpace
+from fleecefs.errors import NoSpace, NotUsable
 
 PRESERVED = 1  # the store has the clusters
 LOST = 2  # the snapshot is broken
 
 _RECORD = struct.Struct("<IIQQ8x")  # CRC of what follows, kind, first, stop
+_NONE = bytes(_RECORD.size)
 
-# Space is allocated ahead, so that a sync has no metadata to write.
+# Space is allocated ahead, so that a sync has no metadata to write. A log has always
+# whole steps, which shows one that was cut short.
 _STEP = 1 << 20
 
 
@@ -57,7 +63,7 @@ class PreservedLog:
         fallocate(fd, 0, 0, _STEP)
         os.fsync(fd)
         sync_directory(path.parent)
-        return cls(fd, PAGE, _STEP)
+        return cls(fd, PAGE + _RECORD.size, _STEP)
 
     @classmethod
     def open(cls, path: Path, owner: Owner) -> Self:
@@ -65,24 +71,34 @@ class PreservedLog:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             owner.check(os.pread(fd, PAGE, 0), path)
+            size = _size(fd, path)
         except BaseException:
             os.close(fd)
             raise
         # Beyond all there is: where a crash left gaps, they stay.
-        size = os.fstat(fd).st_size
         return cls(fd, size, size)
 
-    def append(self, kind: int, first: int, stop: int) -> None:
-        """Add a record; durable on return. OSError if it is not."""
-        record = Record(kind, first, stop).encode()
+    def append(self, first: int, stop: int) -> None:
+        """Say that the store has clusters, durably after the next `sync`."""
         with self._lock:
             offset = self._end
             if offset + _RECORD.size > self._allocated:
                 fallocate(self._fd, 0, self._allocated, _STEP)
                 self._allocated += _STEP
             self._end += _RECORD.size
-        if os.pwrite(self._fd, record, offset) != len(record):
+        self._put(Record(PRESERVED, first, stop), offset)
+
+    def mark_lost(self) -> None:
+        """Say that the snapshot is broken, durably after the next `sync`."""
+        self._put(Record(LOST, 0, 0), PAGE)
+
+    def _put(self, record: Record, offset: int) -> None:
+        data = record.encode()
+        if os.pwrite(self._fd, data, offset) != len(data):
             raise NoSpace("no space for the log of preserved clusters")
+
+    def sync(self) -> None:
+        """Make all records durable that were added before."""
         os.fdatasync(self._fd)
 
     def close(self) -> None:
@@ -95,12 +111,23 @@ class PreservedLog:
 
 
 def read_log(path: Path, owner: Owner) -> Iterator[Record]:
-    """Yield all valid records; NotUsable if the file is another's."""
+    """Yield all records; NotUsable if the file is another's, or damaged."""
     with path.open("rb") as file:
         owner.check(file.read(PAGE), path)
+        _size(file.fileno(), path)
         while data := file.read(_STEP):
-            whole = len(data) - len(data) % _RECORD.size
-            for crc, kind, first, stop in _RECORD.iter_unpack(data[:whole]):
-                record = Record(kind, first, stop)
-                if kind and record.encode()[:4] == struct.pack("<I", crc):
-                    yield record
+            for at in range(0, len(data), _RECORD.size):
+                found = data[at : at + _RECORD.size]
+                if found == _NONE:
+                    continue
+                record = Record(*_RECORD.unpack(found)[1:])
+                if record.encode() != found:
+                    raise NotUsable(f"{path}: a record is damaged")
+                yield record
+
+
+def _size(fd: int, path: Path) -> int:
+    size = os.fstat(fd).st_size
+    if not size or size % _STEP:
+        raise NotUsable(f"{path}: is truncated")
+    return size

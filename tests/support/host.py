@@ -103,6 +103,31 @@ class Host:
         found = self.state.glob("disks/*/epochs/*")
         return sorted("/".join(path.parts[-3::2]) for path in found)
 
+    def check_space(self, slack: int = 0) -> None:
+        """Nothing takes space that no epoch needs, and what takes space is counted.
+
+        But for `slack` bytes of each file: data whose copy was cut short.
+        """
+        assert self.inventory is not None
+        needed, used = set(), {"ram": 0, "disk": 0}
+        for disk in self.inventory.disks.values():
+            for epoch in disk.history.epochs:
+                needed.add(f"{disk.name}/{epoch.number:04}")
+                for tier in epoch.store.tiers:
+                    used[tier.name] += tier.used
+                    assert 0 <= tier.image.allocated() - tier.used <= slack
+        budgets = self.inventory.budgets
+        assert used == {"ram": budgets.ram.used, "disk": budgets.disk.used}
+        places = self.state, self.inventory.runtime_path, *self._stores()
+        found = [p for place in places for p in place.glob("disks/*/epochs/*")]
+        assert {"/".join(path.parts[-3::2]) for path in found} <= needed
+
+    def _stores(self) -> Iterable[Path]:
+        """Return where stores are that are not in the state directory."""
+        assert self.inventory is not None
+        place = self.inventory.options.store
+        return [] if place is None else place.iterdir()
+
 
 def failing(call: Callable[..., Any], nth: int, error: BaseException, *, after: bool):
     """Return a function that does as `call`, and raises at or after the nth call."""

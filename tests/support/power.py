@@ -9,7 +9,9 @@ perhaps those that have changed since.
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from fleecefs.block.raw import PUNCH_HOLE
 from fleecefs.state import preserved_log
 
 SECTOR = 512
+_PAGE = 4096
 
 # So many of the writes that were not synced are combined in every way.
 _COMBINED_MAX = 3
@@ -34,29 +37,29 @@ Names = dict[int, dict[str, int]]
 
 
 class Change(NamedTuple):
-    """A write to a file; without data it only makes the file longer."""
+    """A write to a file, or that its size has become `size`."""
 
     inode: int
     offset: int
     data: bytes
-    end: int
+    size: int | None = None
 
     def apply(self, content: bytearray) -> None:
-        content.extend(bytes(max(0, self.end - len(content))))
-        content[self.offset : self.offset + len(self.data)] = self.data
+        if self.size is not None:
+            content.extend(bytes(self.size - len(content)))
+        # Where the size was not kept, what lies beyond can not be seen.
+        data = self.data[: max(0, len(content) - self.offset)]
+        content[self.offset : self.offset + len(data)] = data
 
     def torn(self) -> Iterator["Change"]:
         """Yield what may be left of it: its beginning or its end, in sectors."""
-        count = len(self.data) // SECTOR
-        for sectors in sorted({1, count // 2, count - 1} - {0, -1}):
-            at = sectors * SECTOR
-            if at < len(self.data):
-                yield self._part(0, at)
-                yield self._part(at, len(self.data))
+        bounds = range(SECTOR - self.offset % SECTOR, len(self.data), SECTOR)
+        for at in sorted({*bounds[:1], *bounds[len(bounds) // 2 :][:1], *bounds[-1:]}):
+            yield self._part(0, at)
+            yield self._part(at, len(self.data))
 
     def _part(self, start: int, stop: int) -> "Change":
-        offset = self.offset + start
-        return Change(self.inode, offset, self.data[start:stop], self.offset + stop)
+        return self._replace(offset=self.offset + start, data=self.data[start:stop])
 
 
 @dataclass
@@ -98,7 +101,7 @@ class Power:
     root: Path
     volatile: Path
     in_place: list[Path]
-    expected: Callable[[], Any]
+    expected: Callable[[], Any] = lambda: None
     points: list[Point] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -106,6 +109,8 @@ class Power:
         self._contents: dict[int, bytes] = {}
         self._pending: list[Change] = []
         self._times: dict[int, int] = {}
+        # What breaks a snapshot is recorded by a thread of its own.
+        self._lock = threading.RLock()
         for path in [self.root, *self.root.rglob("*")]:
             self._settle(path)
 
@@ -121,33 +126,41 @@ class Power:
     # -- what is recorded
 
     def _pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
-        written = _pwrite(fd, data, offset)
-        self._changed(fd, offset, bytes(data[:written]), offset + written)
-        return written
+        with self._changing(fd, offset, data):
+            return _pwrite(fd, data, offset)
 
     def _ftruncate(self, fd: int, size: int) -> None:
-        assert os.fstat(fd).st_size <= size, "nothing of ours becomes shorter"
-        _ftruncate(fd, size)
-        self._changed(fd, 0, b"", size)
+        with self._changing(fd, 0, b""):
+            _ftruncate(fd, size)
 
     def _fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
-        _fallocate(fd, mode, offset, length)
         data = bytes(length) if mode & PUNCH_HOLE else b""
-        self._changed(fd, offset, data, offset + length)
+        with self._changing(fd, offset, data):
+            _fallocate(fd, mode, offset, length)
 
-    def _changed(self, fd: int, offset: int, data: bytes, end: int) -> None:
+    @contextmanager
+    def _changing(self, fd: int, offset: int, data: bytes | memoryview) -> Iterator[None]:
         path = self._path_of(fd)
-        if path is not None:
-            inode = os.fstat(fd).st_ino
-            self._pending.append(Change(inode, offset, data, end))
+        if path is None:
+            yield
+            return
+        with self._lock:
+            before = os.fstat(fd)
+            yield
+            size = os.fstat(fd).st_size
+            assert size >= before.st_size, "nothing of ours becomes shorter"
+            has_grown = size if size > before.st_size else None
+            change = Change(before.st_ino, offset, bytes(data), has_grown)
+            self._pending.append(change)
             self._point(f"a write of {path.name} at {offset}")
 
     def _sync(self, call: Callable[[int], None], fd: int) -> None:
-        call(fd)
-        path = self._path_of(fd)
-        if path is not None:
-            self._settle(path)
-            self._point(f"a sync of {path.name}")
+        with self._lock:
+            call(fd)
+            path = self._path_of(fd)
+            if path is not None:
+                self._settle(path)
+                self._point(f"a sync of {path.name}")
 
     def _path_of(self, fd: int) -> Path | None:
         """Return which file it is, None if it does not matter here."""
@@ -214,7 +227,7 @@ class Power:
                 path.mkdir(mode=0o700)
                 self._restore(failure, path, child)
             else:
-                path.write_bytes(_content(failure, child))
+                _write_sparse(path, _content(failure, child))
                 time = failure.point.times.get(child, 0)
                 os.utime(path, ns=(time, time))
 
@@ -248,6 +261,16 @@ def _content(failure: Failure, inode: int) -> bytes:
         if change.inode == inode:
             change.apply(content)
     return bytes(content)
+
+
+def _write_sparse(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.truncate(len(content))
+        for at in range(0, len(content), _PAGE):
+            page = content[at : at + _PAGE]
+            if any(page):
+                file.seek(at)
+                file.write(page)
 
 
 def _tree(failure: Failure, inode: int) -> list[Any]:

@@ -1,0 +1,51 @@
+"""A call in a process of its own, which is killed at one of its kill points.
+
+What it has written lives on, in files and on tmpfs; nothing else does, as after a
+kill -9 of the daemon.
+"""
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+from fleecefs import killpoint
+
+
+def killed_at(nth: int, call: Callable[[], object]) -> bool:
+    """Run a call until the nth kill point is reached; False if it has ended before."""
+    with warnings.catch_warnings():
+        # Threads of other tests, which Python warns of: ours need none of their locks.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            _arm(nth)
+            call()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "see the traceback above"
+    return False
+
+
+def _arm(nth: int) -> None:
+    left = nth
+
+    def reached(name: str) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for name, module in list(sys.modules.items()):
+        ours = name.startswith("fleecefs.")
+        if ours and getattr(module, "reached", None) is killpoint.reached:
+            module.reached = reached  # type: ignore[attr-defined]
