@@ -133,10 +133,10 @@ class Daemon:
 
     async def _obey_signals(self) -> None:
         obeyed = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _KEEPER_GONE
-        for number in obeyed:
+        for each in obeyed:
             # What holds again after this: who tells us twice does not kill us while we
             # save.
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(each, signal.SIG_IGN)
         with trio.open_signal_receiver(*obeyed) as signals:
             async for number in signals:
                 log.info("got %s", signal.Signals(number).name)
@@ -249,6 +249,10 @@ def main() -> int:
     except OSError as e:
         report(error=describe(e))
         return 1
+    except Exception as e:
+        # A bug; there is no log to say it in.
+        report(error=f"internal error: {e!r}")
+        raise
     try:
         logs.open_log(settings["log"])
     except OSError as e:

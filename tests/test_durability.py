@@ -158,18 +158,25 @@ def breaking(story):
     story.write(clusters("b"))
     story.flush()
     story.may_break("one")
-    story.write(clusters("c"), CLUSTER)
-    story.has_broken("one")
+    with recorder_held(story.host):
+        story.write(clusters("c"), CLUSTER)
+        story.has_broken("one")
+        story.flush()
     wait_until(lambda: len(story.host.events) == 2, "the event")
-    story.flush()
     story.create("two")
     story.write(clusters("d"))
     story.create("three")
     story.may_break("two")
     story.may_break("three")
-    story.write(clusters("e"), CLUSTER)
-    story.has_broken("two")
-    story.has_broken("three")
+    with recorder_held(story.host):
+        story.write(clusters("e"), CLUSTER)
+        story.has_broken("two")
+        story.has_broken("three")
+
+
+def recorder_held(host):
+    """Return a context in which state.json does not hear what has broken."""
+    return host.inventory._control
 
 
 EXACT = [

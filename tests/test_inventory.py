@@ -1217,6 +1217,31 @@ def test_a_kill_at_any_step_leaves_a_consistent_state(hosts, order, after):
     assert nth > 30
 
 
+def test_a_write_between_the_instant_and_a_kill_is_kept_for_older_snapshots(web):
+    """It is preserved in the new epoch only, whose snapshot nobody hears of."""
+    web.inventory.create_snapshot("old")
+    original = StateDirectory.save
+    saves = itertools.count(1)
+
+    def save(self, state):
+        if next(saves) == 1:
+            return original(self, state)
+        write(web, "b", 3)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StateDirectory, "save", save)
+        patch.setattr(Inventory, "_undo_create", lambda *args: None)
+        with pytest.raises(Killed):
+            web.inventory.create_snapshot("new")
+    web.crash()
+    web.open()
+
+    assert list(web.inventory.snapshots) == ["old"]
+    assert shown(web, "old") == "aaaaaaaa"
+    assert letters(web.live("web.raw")) == "aaabaaaa"
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "first", [None, 10, 20, 30], ids=lambda nth: f"killed at {nth}"

@@ -27,7 +27,8 @@ from tests.support.disks import (
     make_tier,
     take_snapshot,
 )
-from tests.support.running import WatchedLock
+from tests.support.gate import Gate
+from tests.support.running import Running, WatchedLock
 from tests.support.schedule import schedules
 
 SIZE = 4 * CLUSTER
@@ -256,6 +257,50 @@ def test_a_request_expires_and_all_is_overwritten_before_it_comes_back(name, pol
             world.check_end()
         except AssertionError as e:
             e.add_note(f"it expired at {schedule.where}, line {schedule.line}")
+            raise
+
+
+@pytest.mark.parametrize(
+    "policy", [BREAK_SNAPSHOT, BREAK_GUEST_WRITE], ids=lambda policy: policy.value
+)
+@pytest.mark.parametrize(
+    "name",
+    ["take, write all", "write all", "delete old", "delete new", "read all of old"],
+)
+def test_an_expiry_is_interrupted(name, policy):
+    """A write of `a` hangs in its copy; it expires, and is made again."""
+    hung = []
+    retry = write("X", 0)
+
+    def make():
+        world = World(on_cbw_error=policy)
+        world.may_break = True
+        tier = world.snapshots["new"].epoch.store.tiers[1]
+        tier.image = Gate(tier.image)
+        copy = tier.image.hold("pwrite")
+        late = Running(run, [retry], world)
+        copy.wait_arrived()
+        hung.append((world, copy, late))
+
+        def expire():
+            (error,) = world.disk.history.expire(float("inf")).values()
+            return run([] if error else [retry], world)
+
+        return world.disk.requests, expire, partial(run, REQUESTS[name], world)
+
+    for schedule, expiry, other in schedules(make):
+        world, copy, late = hung.pop()
+        copy.release()
+        try:
+            assert isinstance(late.error(), Abandoned)
+            assert expiry.result() == []
+            check_outcomes(world, [name], [other])
+            steps = [*REQUESTS[name], retry]
+            assert letters(world.memory.data) in states_of(any_orders(steps))
+            check_snapshots(world, [name], steps)
+            world.check_end()
+        except AssertionError as e:
+            e.add_note(f"the second came at {schedule.where}, line {schedule.line}")
             raise
 
 

@@ -77,7 +77,7 @@ def _loop_files(path: Path) -> Iterator[str]:
         # A partition has its disk above it.
         for place in block, block.parent:
             if (place / "loop/backing_file").exists():
-                image = (place / "loop/backing_file").read_text().rstrip("\n")
+                image = _read(place / "loop/backing_file").removesuffix("\n")
                 yield image
                 path = Path(image)
                 break

@@ -30,6 +30,8 @@ LOST = 2  # the snapshot is broken
 
 _RECORD = struct.Struct("<IIQQ8x")  # CRC of what follows, kind, first, stop
 _NONE = bytes(_RECORD.size)
+_LOST_AT = PAGE
+_FIRST_AT = PAGE + _RECORD.size
 
 # Space is allocated ahead, so that a sync has no metadata to write. A log has always
 # whole steps, which shows one that was cut short.
@@ -59,11 +61,12 @@ class PreservedLog:
     def create(cls, path: Path, owner: Owner) -> Self:
         """Make an empty log, durably."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        log = cls(fd, _FIRST_AT, _STEP)
         os.pwrite(fd, owner.header().ljust(PAGE, b"\0"), 0)
         fallocate(fd, 0, 0, _STEP)
         os.fsync(fd)
         sync_directory(path.parent)
-        return cls(fd, PAGE + _RECORD.size, _STEP)
+        return log
 
     @classmethod
     def open(cls, path: Path, owner: Owner) -> Self:
@@ -72,11 +75,11 @@ class PreservedLog:
         try:
             owner.check(os.pread(fd, PAGE, 0), path)
             size = _size(fd, path)
+            # Behind the last one: where a crash left gaps, they stay.
+            return cls(fd, _find_end(fd, size), size)
         except BaseException:
             os.close(fd)
             raise
-        # Beyond all there is: where a crash left gaps, they stay.
-        return cls(fd, size, size)
 
     def append(self, first: int, stop: int) -> None:
         """Say that the store has clusters, durably after the next `sync`."""
@@ -90,7 +93,7 @@ class PreservedLog:
 
     def mark_lost(self) -> None:
         """Say that the snapshot is broken, durably after the next `sync`."""
-        self._put(Record(LOST, 0, 0), PAGE)
+        self._put(Record(LOST, 0, 0), _LOST_AT)
 
     def _put(self, record: Record, offset: int) -> None:
         data = record.encode()
@@ -124,6 +127,15 @@ def read_log(path: Path, owner: Owner) -> Iterator[Record]:
                 if record.encode() != found:
                     raise NotUsable(f"{path}: a record is damaged")
                 yield record
+
+
+def _find_end(fd: int, size: int) -> int:
+    """Return where the last record ends."""
+    start = size - _STEP
+    while not (data := os.pread(fd, _STEP, start).rstrip(b"\0")):
+        start -= _STEP
+    end = start + len(data)
+    return max(_FIRST_AT, end + -end % _RECORD.size)
 
 
 def _size(fd: int, path: Path) -> int:

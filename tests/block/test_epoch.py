@@ -237,6 +237,19 @@ def test_old_data_is_in_the_store_before_its_bit_is_set_and_overwritten_after(st
     assert steps == [("copy", "0000", "abcd"), ("overwrite", "1000", "abcd")]
 
 
+def test_a_copy_is_committed_when_it_is_stored_and_before_it_is_marked(story):
+    snapshot = story.take()
+    story.write("X", 1)
+    found = []
+    snapshot.epoch.commit = lambda first, stop: found.append(
+        (first, stop, story.kept, preserved(snapshot), story.on_source)
+    )
+
+    story.write("YYY")
+
+    assert found == [(0, 3, 3, "0100", "aXcd")]
+
+
 # -- when that fails
 
 
@@ -287,6 +300,38 @@ def test_a_failed_copy_breaks_the_snapshot_and_the_write_goes_on(story, where, c
         with pytest.raises(SnapshotLost, match="injected") as e:
             snapshot.read(CLUSTER, 3 * CLUSTER)
         assert e.value.errno == errno.EIO
+
+
+@policies
+def test_a_commit_that_fails_is_a_failed_copy(story, policy):
+    snapshot = story.take(on_cbw_error=policy)
+
+    def commit(first, stop):
+        raise OSError(errno.EIO, "no sync")
+
+    snapshot.epoch.commit = commit
+
+    if policy is BREAK_GUEST_WRITE:
+        with pytest.raises(OSError, match="no sync"):
+            story.write("X")
+        assert preserved(snapshot) == "0000"
+        assert content(snapshot) == "abcd"
+    else:
+        story.write("X")
+        assert snapshot.lost == "could not preserve: no sync"
+
+
+def test_a_broken_snapshot_is_confirmed_lost_before_the_source_is_overwritten(story):
+    snapshot = story.take()
+    found = []
+    snapshot.epoch.confirm_lost = lambda: found.append(
+        (snapshot.lost, story.on_source, list(story.broken))
+    )
+    break_store(snapshot)
+
+    story.write("X")
+
+    assert found == [("could not preserve: injected into pwrite", "abcd", [])]
 
 
 def test_a_broken_snapshot_costs_nothing_any_more(story):

@@ -365,16 +365,29 @@ def test_what_is_discarded_is_neither_data_nor_hole():
     snapshot = take_snapshot(disk)
     disk.write(clusters("x"), 2 * CLUSTER)
     snapshot.discard(2 * CLUSTER, CLUSTER)
-    found = []
 
     with pytest.raises(SnapshotLost, match="discarded"):
-        found.extend(part for part in snapshot.map(0, snapshot.size))
+        list(snapshot.map(0, snapshot.size))
 
     assert next(snapshot.map(0, snapshot.size)) == (0, CLUSTER, "source")
     assert mapped(snapshot, 3 * CLUSTER) == [(3 * CLUSTER, CLUSTER, "source")]
     with pytest.raises(SnapshotLost):
         snapshot.find_hole(0)
     assert snapshot.find_data(0) == 0
+
+
+def test_a_map_ends_where_a_discarded_part_begins():
+    """Also where that is still on the source, since an older snapshot needs it."""
+    disk = make_disk(clusters("abcd"))
+    take_snapshot(disk)
+    snapshot = take_snapshot(disk)
+    snapshot.discard(CLUSTER, 2 * CLUSTER)
+
+    with pytest.raises(SnapshotLost, match="discarded"):
+        list(snapshot.map(0, snapshot.size))
+
+    assert next(snapshot.map(0, snapshot.size)) == (0, 2 * CLUSTER, "source")
+    assert snapshot.find_data(CLUSTER) == CLUSTER
 
 
 def test_discarding_twice_is_once(disk, snapshot):

@@ -281,12 +281,16 @@ def test_a_short_cluster_with_one_byte_is_not_zeroes(at):
     assert read(store, CLUSTER - 1000, 7 * CLUSTER) == data
 
 
-def test_a_cluster_that_ends_in_one_byte_is_not_zeroes():
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["first", "middle", "last"])
+def test_a_cluster_that_ends_in_one_byte_is_not_zeroes(index):
     tier = make_tier()
+    data = bytearray(clusters("..."))
+    data[(index + 1) * CLUSTER - 1] = 1
 
-    make_store(tier).put(clusters("a") + bytes(CLUSTER - 1) + b"x" + clusters("."), 0)
+    make_store(tier).put(bytes(data), 0)
 
-    assert held(tier) == "11000000"
+    assert held(tier)[index] == "1"
+    assert used(tier) == 1
 
 
 @pytest.mark.parametrize(

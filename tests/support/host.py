@@ -115,6 +115,7 @@ class Host:
                 needed.add(f"{disk.name}/{epoch.number:04}")
                 for tier in epoch.store.tiers:
                     used[tier.name] += tier.used
+                    assert not (tier.bits & ~epoch.preserved).any()
                     assert 0 <= tier.image.allocated() - tier.used <= slack
         budgets = self.inventory.budgets
         assert used == {"ram": budgets.ram.used, "disk": budgets.disk.used}
