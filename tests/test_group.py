@@ -78,8 +78,8 @@ def create_by_command(mount: Mount, name: str) -> None:
 @pytest.mark.parametrize(
     ("create", "count", "flags"),
     [
-        pytest.param(Mount.create, 200, 0, id="mkdir"),
-        pytest.param(Mount.create, 100, os.O_DSYNC, id="mkdir-durable-writes"),
+        pytest.param(Mount.create, 120, 0, id="mkdir"),
+        pytest.param(Mount.create, 60, os.O_DSYNC, id="mkdir-durable-writes"),
         pytest.param(create_by_command, 15, 0, id="command"),
     ],
 )

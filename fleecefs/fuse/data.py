@@ -241,6 +241,12 @@ class DataThreads:
             return wire.OPEN_OUT.pack(inode, _LIVE_FLAGS, 0)
         return wire.OPEN_OUT.pack(inode, _SNAPSHOT_FLAGS, 0)
 
+    def _flush(self, buffer: bytearray) -> bytes:
+        """Answer close(2). Nothing is made durable by it; there is FSYNC for that."""
+        pid = wire.IN_HEADER.unpack_from(buffer)[6]
+        self._opened.pop(pid, None)
+        return b""
+
     def _nothing(self, buffer: bytearray) -> bytes:
         return b""
 
@@ -284,7 +290,7 @@ class DataThreads:
     _SERVES = {  # noqa: RUF012
         wire.OPEN: _open,
         wire.RELEASE: _nothing,
-        wire.FLUSH: _nothing,
+        wire.FLUSH: _flush,
         wire.DESTROY: _nothing,
         wire.FSYNC: _fsync,
         wire.FALLOCATE: _fallocate,

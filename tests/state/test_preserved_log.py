@@ -12,8 +12,8 @@ from fleecefs.errors import NotUsable
 from fleecefs.state import preserved_log
 from fleecefs.state.preserved_log import LOST, PRESERVED, PreservedLog, read_log
 from tests.support.damage import (
+    damage_end,
     damage_header,
-    damage_last_page,
     empty,
     make_older,
     overwrite,
@@ -104,10 +104,10 @@ def test_a_log_grows(path, small_steps):
 def test_a_log_that_was_opened_goes_on_where_it_ended(path, small_steps):
     PreservedLog.create(path, OWNER)
 
-    for first in range(200):
+    for first in range(100):
         PreservedLog.open(path, OWNER).append(first, first + 1)
 
-    assert preserved(path) == [(first, first + 1) for first in range(200)]
+    assert preserved(path) == [(first, first + 1) for first in range(100)]
     assert path.stat().st_size == 2 * small_steps
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_record_is_noticed_wherever_the_damage_is(path, at):
         (damage_header, "header is damaged"),
         (make_older, "has version 7"),
         (truncate, "is truncated"),
-        (damage_last_page, "a record is damaged"),
+        (damage_end, "a record is damaged"),
     ],
 )
 def test_a_damaged_log_is_refused_by_name(path, damage, says):

@@ -4,8 +4,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fleecefs.block.bitmap import PAGE
-
 Damage = Callable[[Path], None]
 
 
@@ -41,5 +39,5 @@ def make_older(path: Path) -> None:
     _overwrite(path, 8, b"\x07")
 
 
-def damage_last_page(path: Path) -> None:
-    _overwrite(path, path.stat().st_size - PAGE // 2, b"\xff")
+def damage_end(path: Path) -> None:
+    _overwrite(path, path.stat().st_size - 1, b"\xff")

@@ -38,6 +38,7 @@ def killed_at(nth: int, call: Callable[[], object]) -> bool:
 
 def _arm(nth: int) -> None:
     left = nth
+    original = killpoint.reached
 
     def reached(name: str) -> None:
         nonlocal left
@@ -47,5 +48,5 @@ def _arm(nth: int) -> None:
 
     for name, module in list(sys.modules.items()):
         ours = name.startswith("fleecefs.")
-        if ours and getattr(module, "reached", None) is killpoint.reached:
+        if ours and getattr(module, "reached", None) is original:
             module.reached = reached  # type: ignore[attr-defined]

@@ -139,7 +139,9 @@ class Power:
             _fallocate(fd, mode, offset, length)
 
     @contextmanager
-    def _changing(self, fd: int, offset: int, data: bytes | memoryview) -> Iterator[None]:
+    def _changing(
+        self, fd: int, offset: int, data: bytes | memoryview
+    ) -> Iterator[None]:
         path = self._path_of(fd)
         if path is None:
             yield

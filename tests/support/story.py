@@ -12,7 +12,7 @@ WEB = "web.raw"
 
 @dataclass(frozen=True)
 class LiveDisk:
-    """What the guest knows of its disk: what it has flushed, and what it wrote since."""
+    """What a guest knows of its disk: what it has flushed, and wrote since."""
 
     flushed: bytes
     since: tuple[tuple[int, bytes], ...] = ()
@@ -132,9 +132,7 @@ class Story:
 
     def _overwrite(self, disk: str, offset: int, data: bytes) -> None:
         before = self.expected.disks[disk]
-        self._change_disk(
-            disk, replace(before, since=(*before.since, (offset, data)))
-        )
+        self._change_disk(disk, replace(before, since=(*before.since, (offset, data))))
 
     def _change_disk(self, name: str, disk: LiveDisk) -> None:
         disks = self.expected.disks | {name: disk}

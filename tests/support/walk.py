@@ -188,11 +188,11 @@ class Walk:
             if snapshot in self.snapshots:
                 raise
             return
-        if len(found) < len(expected[offset : offset + length]):
+        expected = expected[offset : offset + length]
+        if len(found) < len(expected) and snapshot not in self.snapshots:
             # Deleted under way: read(2) returns what it had until then.
-            if snapshot not in self.snapshots:
-                return
-        difference = describe_difference(found, expected[offset : offset + length])
+            return
+        difference = describe_difference(found, expected)
         assert not difference, f"{snapshot}/{name}, {length} at {offset}: {difference}"
 
     # -- what an operation works on
