@@ -153,8 +153,9 @@ class Daemon:
         """Make room for the next daemon, which gets what is unanswered."""
         if not self._channel.can_resend:
             raise Refused("this kernel can not send requests again: Linux 6.9 can")
-        await trio.to_thread.run_sync(self._data.stop)
+        # The inventory first: when the data threads end, `_serve` would close it.
         await trio.to_thread.run_sync(self._inventory.stop)
+        await trio.to_thread.run_sync(self._data.stop)
         reached("restart.stopped")
         log.info("ending for the next daemon")
         os._exit(RESTART)

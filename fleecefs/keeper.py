@@ -23,11 +23,18 @@ import subprocess
 import sys
 import syslog
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fleecefs.errors import Error, describe
-from fleecefs.fuse.mount import check_mountpoint, check_outside, mount, unmount
+from fleecefs.fuse.mount import (
+    check_mountpoint,
+    check_no_loop,
+    check_outside,
+    mount,
+    unmount,
+)
 
 # -P: a file of the current directory must not be taken for a module of ours.
 _PYTHON = [sys.executable, "-P", "-m"]
@@ -115,8 +122,9 @@ class Keeper:
         for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
             signal.signal(number, self._pass_on)
         try:
+            self._check_places(check_no_loop)
             check_mountpoint(self._mountpoint)
-            self._check_places()
+            self._check_places(check_outside)
             self._fuse_fd = mount(
                 self._mountpoint, allow_other=self._settings["allow_other"]
             )
@@ -135,15 +143,15 @@ class Keeper:
             self._say(reason, Path(self._ready["runtime"]))
         return 1
 
-    def _check_places(self) -> None:
+    def _check_places(self, check: Callable[[str, str, str], None]) -> None:
         """Raise NotUsable if something the daemon needs would be on its own mount."""
         settings = self._settings
         places = {what: settings[what] for what in ("state", "store", "log")}
         for what, path in places.items():
             if path is not None and path != JOURNAL:
-                check_outside(self._mountpoint, what, path)
+                check(self._mountpoint, what, path)
         for disk in settings["disks"]:
-            check_outside(self._mountpoint, "source", disk["source"])
+            check(self._mountpoint, "source", disk["source"])
 
     def _keep_running(self) -> str | None:
         """Start daemons until one ends well; return why the keeper gave up, or None."""

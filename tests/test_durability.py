@@ -311,7 +311,7 @@ def test_recovering_may_be_killed_at_any_step(host, story):
     for failure in itertools.islice(power.failures(), 5, None, 97):
         for nth in itertools.count(1):
             fail(host, power, failure)
-            is_killed = killed_at(nth, lambda: host.open(**told.options))
+            is_killed = killed_at(nth, host.open, **told.options)
             open_and_check(host, told, failure)
             host.reboot()
             open_and_check(host, told, failure)

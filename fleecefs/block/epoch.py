@@ -385,6 +385,11 @@ class History:
                     # Its bits are about to say more than the store holds.
                     epoch.lose(epoch.lost)
                     self._retire(epoch)
+            for older, epoch in zip([None, *self.epochs], self.epochs, strict=False):
+                if epoch.denied is not None:
+                    # What was given up may not have been freed yet.
+                    given = epoch.denied & older.preserved if older else epoch.denied
+                    self._garbage.append(partial(_free, epoch.store, given))
 
     def _retire(self, epoch: Epoch) -> None:
         index = self.epochs.index(epoch)

@@ -8,6 +8,7 @@ Data is in a tier before its bit is set, and the bit of a tier is set before the
 epoch's: whoever sees a bit can read the data.
 """
 
+import contextlib
 import errno
 import threading
 from collections.abc import Callable, Iterator
@@ -109,24 +110,42 @@ class Tier:
         return True
 
     def free(self, first: int, stop: int) -> None:
-        """Forget the clusters in [first, stop) that are here and give back space."""
+        """Forget the clusters in [first, stop) that are here and give back space.
+
+        Nobody reads them any more. The space goes first: a crash in between leaves
+        bits, by which it is found.
+        """
         for start, end in runs(self.bits, first, stop):
-            with self._lock:
-                if self._dropped:
-                    return
-                # Somebody else may be freeing some of them just now.
-                freed = self.bits.count(1, start, end)
-                self.bits[start:end] = 0
-            reached("free.cleared")
-            offset = start * self._cluster_size
-            length = min(end * self._cluster_size, self.image.size) - offset
+            if self._dropped:
+                return
             try:
-                self.image.discard(length, offset)
-            except Unsupported:
-                # The space comes back with the file.
-                pass
+                self._discard(start, end)
+                reached("free.discarded")
             finally:
-                self._budget.give(freed * self._cluster_size)
+                self._clear(start, end)
+
+    def hand_over(self, first: int, stop: int) -> None:
+        """Forget clusters that another tier has now, and give back their space."""
+        # The bits go first: by them they are looked for here.
+        self._clear(first, stop)
+        reached("hand_over.cleared")
+        self._discard(first, stop)
+
+    def _clear(self, first: int, stop: int) -> None:
+        with self._lock:
+            if self._dropped:
+                return
+            # Somebody else may be freeing some of them just now.
+            freed = self.bits.count(1, first, stop)
+            self.bits[first:stop] = 0
+            self._budget.give(freed * self._cluster_size)
+
+    def _discard(self, first: int, stop: int) -> None:
+        offset = first * self._cluster_size
+        length = min(stop * self._cluster_size, self.image.size) - offset
+        # If it can not: the space comes back with the file.
+        with contextlib.suppress(Unsupported):
+            self.image.discard(length, offset)
 
     def drop(self) -> None:
         """Give back the whole budget. The image is closed by its last user."""
@@ -231,7 +250,7 @@ class Store:
                     if not last.put(data, start, end):
                         raise NoSpace("the store has reached its limit")
                     reached("settle.copied")
-                    tier.free(start, end)
+                    tier.hand_over(start, end)
         self.flush()
 
     def flush(self) -> None:

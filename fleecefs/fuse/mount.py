@@ -53,8 +53,14 @@ def check_outside(mountpoint: str, what: str, path: str) -> None:
             continue  # it has to be made yet
         if os.path.samestat(found, where):
             raise _on_itself(what, path, mountpoint)
-    # Nor on a loop device of a file there, which a mount before this one has left.
-    for image in _loop_files(real):
+
+
+def check_no_loop(mountpoint: str, what: str, path: str) -> None:
+    """Raise NotUsable if a path lies on a loop device of a file of a mount.
+
+    One that an earlier mount has left: to be called while that still has its name.
+    """
+    for image in _loop_files(Path(os.path.realpath(path))):
         if _is_inside(image, mountpoint):
             raise _on_itself(what, path, mountpoint)
 

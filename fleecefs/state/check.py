@@ -6,7 +6,8 @@ concerns a snapshot's content is decided by the next mount, which breaks it or n
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -15,6 +16,7 @@ from fleecefs.block.bitmap import Owner, read_saved
 from fleecefs.errors import NotFound, describe
 from fleecefs.state import runtime
 from fleecefs.state.directory import DiskRecord, EpochRecord, State, StateDirectory
+from fleecefs.state.preserved_log import read_log
 
 
 class Finding(NamedTuple):
@@ -70,16 +72,27 @@ def _check_epoch(
         yield Finding(what, f"{store} is missing", False)
     elif store.stat().st_size != disk.size:
         yield Finding(what, f"{store} has not the size of the disk", False)
-    if not state.is_clean:
-        return
+    place = path / "disks" / disk.name / "epochs" / f"{epoch.number:04}"
     count = -(-disk.size // disk.cluster_size)
     owner = Owner(UUID(disk.id), epoch.number, count)
-    place = path / "disks" / disk.name / "epochs" / f"{epoch.number:04}"
-    for name in "preserved", "disk":
-        try:
-            read_saved(place / f"{name}.bits", owner)
-        except OSError as e:
-            yield Finding(what, describe(e), False)
+    # In use, or after a crash of the daemon, those on tmpfs count.
+    saved = ["preserved.bits", "disk.bits"] if state.is_clean else []
+    if state.is_clean and (place / "denied.bits").exists():
+        saved.append("denied.bits")
+    for name in saved:
+        yield from _check_file(what, partial(read_saved, place / name, owner))
+    if epoch.durability == "host":
+        log = place / "preserved.log"
+        yield from _check_file(what, lambda: list(read_log(log, owner)))
+
+
+def _check_file(what: str, read: Callable[[], object]) -> Iterator[Finding]:
+    try:
+        read()
+    except FileNotFoundError as e:
+        yield Finding(what, f"{e.filename} is missing", False)
+    except OSError as e:
+        yield Finding(what, describe(e), False)
 
 
 def _check_orphans(path: Path, state: State, *, repair: bool) -> Iterator[Finding]:

@@ -838,6 +838,28 @@ def test_loading_makes_retired_epochs_include_what_others_have(story):
     assert history.copied == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "freed"),
+    [
+        pytest.param("", 0, id="needed by an older one"),
+        pytest.param("X", 1, id="an older one has it"),
+    ],
+)
+def test_loading_frees_what_a_crash_left_of_what_was_given_up(story, before, freed):
+    older = story.take()
+    story.write(before)
+    newer = story.take()
+    story.write("YY")
+    kept = story.kept
+    newer.epoch.denied = newer.epoch.make_denied()
+    newer.epoch.denied[:1] = 1
+
+    reload(story, [older, newer])
+
+    assert story.kept == kept - freed
+    assert content(older) == "abcd"
+
+
 # -- searches
 
 

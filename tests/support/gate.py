@@ -10,7 +10,7 @@ from typing import Any
 from fleecefs.block.image import Image
 
 # Long enough for a busy machine; a test that needs it has failed.
-PATIENCE = 5.0
+PATIENCE = 30.0
 
 
 class Stay:

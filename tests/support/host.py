@@ -79,11 +79,11 @@ class Host:
 
     # -- what is there
 
-    def read(self, snapshot: str, disk: str) -> bytes:
-        """Return all of a disk as it was."""
+    def read(self, snapshot: str, disk: str, offset: int = 0) -> bytes:
+        """Return all of a disk as it was, from some offset on."""
         assert self.inventory is not None
         file = self.inventory.snapshots[snapshot].snapshots[disk]
-        return bytes(file.read(file.size, 0))
+        return bytes(file.read(file.size, offset))
 
     def lost(self, snapshot: str, disk: str) -> str | None:
         """Return why a disk of a snapshot is broken, or None."""

@@ -10,33 +10,39 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from fleecefs import killpoint
 
 
-def killed_at(nth: int, call: Callable[[], object]) -> bool:
-    """Run a call until the nth kill point is reached; False if it has ended before."""
+def killed_at(
+    nth: int, call: Callable[..., object], *args: Any, **kwargs: Any
+) -> str | None:
+    """Run a call until its nth kill point, and return that; None if it has ended."""
+    read, write = os.pipe()
     with warnings.catch_warnings():
         # Threads of other tests, which Python warns of: ours need none of their locks.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         try:
-            _arm(nth)
-            call()
+            _arm(nth, write)
+            call(*args, **kwargs)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+    os.close(write)
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
+    with open(read) as name:
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            return name.read()
     assert os.WEXITSTATUS(status) == 0, "see the traceback above"
-    return False
+    return None
 
 
-def _arm(nth: int) -> None:
+def _arm(nth: int, output: int) -> None:
     left = nth
     original = killpoint.reached
 
@@ -44,6 +50,7 @@ def _arm(nth: int) -> None:
         nonlocal left
         left -= 1
         if left == 0:
+            os.write(output, name.encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
     for name, module in list(sys.modules.items()):
