@@ -212,6 +212,10 @@ class Inventory:
             for path in base.glob("disks/*/epochs/*"):
                 if (path.parts[-3], path.name) not in known:
                     shutil.rmtree(path, ignore_errors=True)
+        # Nor is what was counted of a disk that is left out: it comes back as another.
+        for path in self.runtime_path.glob("disks/*"):
+            if path.name not in self.disks:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _forget_disks(self, names: set[str]) -> None:
         """Drop disks of the state that are not mounted now, if nothing is lost."""

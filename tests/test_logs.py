@@ -1,5 +1,6 @@
 """Where the log goes: a file, the journal, stderr. One line an event."""
 
+import json
 import os
 import re
 import signal
@@ -225,7 +226,7 @@ def test_a_rotation_does_not_disturb_who_uses_the_mount(mounted):
 
 @pytest.fixture
 def journal():
-    """A namespace with a /dev of its own, in which `Journal` is /dev/log."""
+    """A Journal in a namespace that has a /dev of its own."""
     with Namespace() as namespace:
         namespace.do(
             "sh",
@@ -235,8 +236,10 @@ def journal():
             "mknod /run/dev/fuse c 10 229; ln -s /proc/self/fd /run/dev/fd;"
             "mount --rbind /run/dev /dev",
         )
-        with Journal(namespace) as journal:
-            yield journal
+        assert not (namespace.root / "dev/log").exists()
+        journal = Journal(namespace)
+        yield journal
+        journal.close()
 
 
 class Journal:
@@ -244,19 +247,22 @@ class Journal:
 
     def __init__(self, namespace):
         self.namespace = namespace
-        self.lines = []
-        home = namespace.do("sh", "-c", "echo $$; exec sleep 0.1 & echo $!")
-        del home
-        self._path = Path(f"/proc/{namespace.holder}/root/dev/log")
+        self._path = namespace.root / "dev/log"
+        self._lines = []
+        self._begin()
 
-    def __enter__(self):
+    def _begin(self):
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(self._path))
-        return self
 
-    def __exit__(self, *error):
+    def close(self):
         self._socket.close()
         self._path.unlink(missing_ok=True)
+
+    def restart(self):
+        self.read()
+        self.close()
+        self._begin()
 
     def read(self):
         """Return all lines until now."""
@@ -264,8 +270,8 @@ class Journal:
             try:
                 data = self._socket.recv(65536, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                return self.lines
-            self.lines.append(data.decode())
+                return list(self._lines)
+            self._lines.append(data.decode().removesuffix("\0"))
 
     def wait(self, pattern):
         """Return the first line that looks so, once it is there."""
@@ -276,10 +282,94 @@ class Journal:
         wait_until(found, f"the line {pattern}")
         return found()[0]
 
+    # -- who writes to it
+
     def mount(self):
-        namespace = self.namespace
-        namespace.do("mkdir", "mnt")
-        namespace.do("truncate", "--size=1M", "web.raw")
-        return namespace.cli(
-            *["mount", "--disk=web.raw", "--state=state", "--log=journal", "mnt"]
+        self.namespace.do("mkdir", "-p", "mnt")
+        self.namespace.do("truncate", "--size=1M", "web.raw")
+        return self.namespace.cli(
+            "mount", "--disk=web.raw", "--state=state", "--log=journal", "mnt"
         )
+
+    def pids(self):
+        """Return the keeper's process id, and the daemon's."""
+        status = json.loads(self.namespace.do(FLEECEFS, "status", "--json"))
+        return status["keeper-pid"], status["pid"]
+
+
+def test_the_journal_gets_a_line_an_event(journal):
+    """With the priority that it has: INFO is 6, of facility user, which is 1."""
+    assert journal.mount().returncode == 0
+    _, daemon = journal.pids()
+    journal.namespace.do(FLEECEFS, "snapshot", "create", "one")
+
+    serves = journal.wait("serves")
+    created = journal.wait("snapshot one of 1 disks created")
+
+    mountpoint = journal.namespace.home / "mnt"
+    assert serves == f"<14>fleecefs[{daemon}]: INFO daemon 0 serves {mountpoint}"
+    assert created.startswith(f"<14>fleecefs[{daemon}]: INFO snapshot one")
+    journal.namespace.do(FLEECEFS, "umount", "mnt")
+    journal.wait(f"INFO unmounted {mountpoint}$")
+    assert all(line.startswith("<14>fleecefs[") for line in journal.read())
+
+
+def test_the_journal_hears_of_a_crash_from_the_keeper(journal):
+    assert journal.mount().returncode == 0
+    keeper, daemon = journal.pids()
+
+    kill(daemon)
+
+    line = journal.wait("the daemon died")
+    assert re.fullmatch(
+        rf"<\d+>.* fleecefs\[{keeper}\]: WARNING keeper: the daemon died "
+        r"\(signal 9\); starting the next one",
+        line,
+    )
+    journal.wait("INFO daemon 1 serves")
+    journal.namespace.do(FLEECEFS, "umount", "mnt")
+
+
+def test_the_journal_may_be_restarted(journal):
+    assert journal.mount().returncode == 0
+    journal.restart()
+
+    journal.namespace.do(FLEECEFS, "snapshot", "create", "one")
+
+    journal.wait("snapshot one of 1 disks created")
+    journal.namespace.do(FLEECEFS, "umount", "mnt")
+
+
+def test_without_a_journal_it_goes_on(journal):
+    """Also when the daemon dies, and the next one finds none."""
+    assert journal.mount().returncode == 0
+    _, daemon = journal.pids()
+    journal.close()
+
+    journal.namespace.do(FLEECEFS, "snapshot", "create", "one")
+    kill(daemon)
+    journal.namespace.do(FLEECEFS, "snapshot", "delete", "one")
+    journal.namespace.do(FLEECEFS, "umount", "mnt")
+
+
+def test_without_a_journal_it_does_not_begin(journal):
+    journal.close()
+
+    done = journal.mount()
+
+    assert done.returncode == 1
+    assert done.stderr == "fleecefs: log journal: there is no /dev/log: give a file\n"
+    assert journal.namespace.mounts() == []
+
+
+def test_sighup_means_nothing_to_the_journal(journal):
+    assert journal.mount().returncode == 0
+    keeper, daemon = journal.pids()
+
+    os.kill(keeper, signal.SIGHUP)
+    journal.wait("INFO got SIGHUP")
+    journal.namespace.do(FLEECEFS, "snapshot", "create", "one")
+
+    journal.wait("snapshot one of 1 disks created")
+    assert journal.pids() == (keeper, daemon)
+    journal.namespace.do(FLEECEFS, "umount", "mnt")

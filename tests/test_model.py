@@ -501,7 +501,7 @@ class GroupsOfDisks(DisksAndSnapshots):
     count = 2
 
 
-EXAMPLES = int(os.environ.get("FLEECEFS_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("FLEECEFS_EXAMPLES", "300"))
 
 LIMITS = settings(
     max_examples=EXAMPLES,

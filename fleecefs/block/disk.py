@@ -15,7 +15,7 @@ from fleecefs.block.bitmap import LiveBits
 from fleecefs.block.epoch import Epoch, History
 from fleecefs.block.extent import Mapped, clip, pieces
 from fleecefs.block.image import Image, mapped_at
-from fleecefs.block.requests import Requests
+from fleecefs.block.requests import Requests, drain_deadline
 from fleecefs.errors import FlushFailed, NoSpace
 from fleecefs.killpoint import reached
 from fleecefs.units import KiB, MiB
@@ -206,9 +206,10 @@ def drained(disks: list[Disk]) -> ExitStack:
     Always in the same order, so that two of these can not wait for each other.
     """
     stack = ExitStack()
+    deadline = drain_deadline()
     try:
         for disk in sorted(disks, key=lambda disk: disk.id):
-            stack.enter_context(disk.requests.drained())
+            stack.enter_context(disk.requests.drained(deadline))
     except BaseException:
         stack.close()
         raise

@@ -119,7 +119,8 @@ class RawImage:
             try:
                 return fallocate(self.fd, mode, offset, length)
             except OSError as e:
-                if e.errno not in (errno.EOPNOTSUPP, errno.ENODEV):
+                # EINVAL: less than a device's sectors.
+                if e.errno not in (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL):
                     raise
         end = offset + length
         while offset < end:
@@ -132,7 +133,9 @@ class RawImage:
         except OSError as e:
             if e.errno in (errno.EOPNOTSUPP, errno.ENODEV):
                 raise Unsupported("the storage below can not discard") from None
-            raise
+            if e.errno != errno.EINVAL:
+                raise
+            self.zero(length, offset)
 
     def flush(self) -> None:
         os.fdatasync(self.fd)

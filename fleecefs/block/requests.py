@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 DRAIN_SECONDS_MAX = 5.0
 
 
+def drain_deadline() -> float:
+    """Return until when a drain that begins now may wait, on the monotonic clock."""
+    return time.monotonic() + DRAIN_SECONDS_MAX
+
+
 class Copy:
     """Clusters [first, stop) on their way to an epoch's store, until a deadline."""
 
@@ -109,9 +114,8 @@ class Requests:
         ]
 
     @contextmanager
-    def drained(self) -> Iterator[None]:
-        """Hold new writes back and wait for running ones; Busy after some seconds."""
-        deadline = time.monotonic() + DRAIN_SECONDS_MAX
+    def drained(self, deadline: float) -> Iterator[None]:
+        """Hold new writes back and wait for running ones; Busy after the deadline."""
         with self.lock:
             self._drains += 1
         try:

@@ -67,6 +67,8 @@ class Worker:
         self.buffer = bytearray(wire.REQUEST_SIZE_MAX)
         self.view = memoryview(self.buffer)
         self.served = 0
+        # The request in the buffer has been given to another thread.
+        self.relieved = threading.Event()
 
     def request(self) -> bytes:
         length = int.from_bytes(self.view[:4], "little")
@@ -152,8 +154,9 @@ class DataThreads:
                 self._answer(worker)
             self._serve_requests(worker)
         except Abandoned:
-            # The monitor gave the request in this buffer to another thread.
-            pass
+            # Another thread answers the request in this buffer. Until that has it, we
+            # stay, and so does the key that we are found by.
+            worker.relieved.wait()
         finally:
             self._workers.pop(ident, None)
 
@@ -347,9 +350,11 @@ class DataThreads:
         now = time.monotonic()
         for disk in self._disks():
             for ident, error in disk.history.expire(now).items():
-                worker = Worker()
                 # Taken out: a thread that hangs does not count as one that serves.
-                request = self._workers.pop(ident).request()
+                hanging = self._workers.pop(ident)
+                request = hanging.request()
+                hanging.relieved.set()
+                worker = Worker()
                 worker.view[: len(request)] = request
                 if error is None:
                     self._start(worker, has_request=True)

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from fleecefs.block import requests as requests_module
-from fleecefs.block.requests import Copy
+from fleecefs.block.requests import Copy, drain_deadline
 from fleecefs.errors import Busy
 from tests.support.disks import CLUSTER, clusters, make_disk, make_epoch
 from tests.support.running import Running, WatchedRequests
@@ -64,15 +64,15 @@ def test_readers_of_lost_snapshots_are_not_found(requests, epoch):
 
 
 def test_a_drain_of_a_quiet_disk_does_not_wait(requests):
-    with requests.drained():
+    with requests.drained(drain_deadline()):
         assert requests.is_drained
 
     assert not requests.is_drained
 
 
 def test_a_disk_is_open_when_the_last_drain_ends(requests):
-    with requests.drained():
-        with requests.drained():
+    with requests.drained(drain_deadline()):
+        with requests.drained(drain_deadline()):
             pass
         assert requests.is_drained
 
@@ -80,7 +80,7 @@ def test_a_disk_is_open_when_the_last_drain_ends(requests):
 
 
 def test_a_failure_inside_a_drain_opens_the_disk(requests):
-    with pytest.raises(ZeroDivisionError), requests.drained():
+    with pytest.raises(ZeroDivisionError), requests.drained(drain_deadline()):
         _ = 1 / 0
 
     assert not requests.is_drained
@@ -90,7 +90,7 @@ def test_a_drain_waits_until_no_write_is_left(requests):
     requests.writes.update({1: (0, 1), 2: (5, 6)})
 
     def drain():
-        with requests.drained():
+        with requests.drained(drain_deadline()):
             return dict(requests.writes)
 
     running = Running(drain)
@@ -107,7 +107,7 @@ def test_a_drain_that_takes_too_long_opens_the_disk(requests, monkeypatch):
     monkeypatch.setattr(requests_module, "DRAIN_SECONDS_MAX", 0.01)
     requests.writes.update({1: (0, 1), 2: (5, 6)})
 
-    with pytest.raises(Busy, match="2 writes"), requests.drained():
+    with pytest.raises(Busy, match="2 writes"), requests.drained(drain_deadline()):
         pass
 
     assert not requests.is_drained
@@ -119,7 +119,7 @@ def test_what_waits_for_the_end_of_a_drain_goes_on_after_it(requests):
             requests.wait_opened()
             return requests.is_drained
 
-    with requests.drained():
+    with requests.drained(drain_deadline()):
         running = Running(wait)
         requests.wait_waiting(running)
 

@@ -253,7 +253,9 @@ async def test_a_bug_is_logged_and_not_told(commands, inventory, caplog):
 async def test_a_busy_mount_names_its_users(tmp_path):
     daemon = FakeDaemon(tmp_path / "control")
     daemon.users = "qemu (17)"
-    commands = Commands(daemon.inventory, Lifecycle(daemon.status, daemon.umount, daemon.restart))
+    commands = Commands(
+        daemon.inventory, Lifecycle(daemon.status, daemon.umount, daemon.restart)
+    )
 
     found = await error_of(commands, "fleecefs-umount")
 

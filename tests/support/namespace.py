@@ -74,6 +74,11 @@ class Namespace:
         self._holder.wait(PATIENCE)
         wait_until(lambda: not self.processes(), "the end of killed processes")
 
+    @property
+    def root(self) -> Path:
+        """Return where its files can be reached from outside."""
+        return Path(f"/proc/{self._holder.pid}/root")
+
     def processes(self) -> list[int]:
         marker = os.fsencode(f"{_MARKER}={self._marker}")
         found = []
