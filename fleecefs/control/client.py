@@ -45,6 +45,12 @@ class ConnectionLost(Error):
     code = errno.ECONNRESET
 
 
+class NoDaemon(ConnectionLost, NotFound):
+    """Nobody listens: the daemon has ended, or died just now."""
+
+    code = errno.ENOENT
+
+
 class Client:
     """A connection with a daemon; as a context manager it is ready for commands."""
 
@@ -122,7 +128,7 @@ class Client:
                 connection.connect(name)
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
-            raise NotFound(f"no daemon answers at {self._path}") from None
+            raise NoDaemon(f"no daemon answers at {self._path}") from None
         except TimeoutError:
             connection.close()
             raise self._timed_out() from None

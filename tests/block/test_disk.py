@@ -357,8 +357,10 @@ def test_disks_are_drained_in_the_order_of_their_ids():
     disks = [make_disk(clusters("a")) for _ in range(5)]
     order = []
     for disk in disks:
-        disk.requests.drained = lambda disk=disk, drain=disk.requests.drained: (
-            order.append(disk.id) or drain()
+        disk.requests.drained = (
+            lambda deadline, disk=disk, drain=disk.requests.drained: (
+                order.append(disk.id) or drain(deadline)
+            )
         )
 
     with drained(disks):
