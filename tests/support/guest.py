@@ -14,8 +14,8 @@ from typing import Self
 
 from tests.support.mount import run, wait_until
 
-# What the guest needs to see /dev/vda and the file system on it; what these need in turn
-# is found in the modules.
+# What the guest needs to see /dev/vda and the file system on it; what these need in
+# turn is found in the modules.
 MODULES = ["virtio_pci", "virtio_blk", "ext4", "crc32c_generic"]
 
 # Makes a file system, then writes, reads back and verifies files, round by round, until
@@ -27,7 +27,9 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 echo 1 > /proc/sys/kernel/printk_devkmsg 2>/dev/null
-for module in $(cat /modules/order); do insmod /modules/$module || echo FAILED $module; done
+for module in $(cat /modules/order); do
+    insmod /modules/$module || echo FAILED $module
+done
 while [ ! -b /dev/vda ]; do usleep 10000; done
 mke2fs /dev/vda > /dev/null || echo FAILED mke2fs
 mkdir -p /mnt
@@ -146,9 +148,9 @@ class Guest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
+        with self._process:  # closes the pipes
+            self._process.kill()
+            self._reader.join()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
