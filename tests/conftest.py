@@ -4,6 +4,7 @@ import inspect
 import logging
 import re
 import shutil
+import signal
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 import trio.testing
 
 from tests.support.mount import Mount, require_mount
+
+# A CI that starts us in the background may have SIGINT ignored, and so would all that we
+# start; some tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
