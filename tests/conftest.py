@@ -14,8 +14,8 @@ import trio.testing
 
 from tests.support.mount import Mount, require_mount
 
-# A CI that starts us in the background may have SIGINT ignored, and so would all that we
-# start; some tests press Ctrl-C.
+# A CI that starts us in the background may have SIGINT ignored, and so would all that
+# we start; some tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
