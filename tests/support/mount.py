@@ -167,11 +167,17 @@ class Mount:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        while self.is_mounted:
-            subprocess.run(["fusermount3", "-u", "-z", str(self.point)], check=True)
+        wait_until(self._is_unmounted, "the end of the mount")
         wait_until(lambda: not self.processes(), "the end of killed processes")
         for directory in _runtime_directories(self.point):
             shutil.rmtree(directory, ignore_errors=True)
+
+    def _is_unmounted(self) -> bool:
+        if self.is_mounted:
+            # It may fail: who was killed was unmounting, too.
+            words = ["fusermount3", "-u", "-z", str(self.point)]
+            subprocess.run(words, capture_output=True)
+        return not self.is_mounted
 
     @property
     def is_mounted(self) -> bool:
