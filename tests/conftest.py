@@ -14,6 +14,9 @@ import trio.testing
 
 from tests.support.mount import Mount, require_mount
 
+# A guest gives up after 30 s and more; when a daemon dies, it waits some tenths.
+STALL_SECONDS_MAX = 10.0
+
 # A CI that starts us in the background may have SIGINT ignored, and so would all that
 # we start; some tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -79,3 +82,17 @@ def mounted(request, tmpfs_path):
             return stack.enter_context(mount)
 
         yield mounted
+
+
+@pytest.fixture
+def tell_stall(capsys, record_property, request):
+    """A function that tells how long the longest operation of a guest took."""
+
+    def tell_stall(seconds, what):
+        record_property("longest_stall_seconds", round(seconds, 3))
+        with capsys.disabled():
+            name = request.node.name
+            print(f"\n{name}: {what}, longest stall {seconds * 1000:.0f} ms")
+        assert seconds < STALL_SECONDS_MAX
+
+    return tell_stall

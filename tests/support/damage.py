@@ -30,8 +30,8 @@ def overwrite(path: Path) -> None:
 
 
 def damage_header(path: Path) -> None:
-    """Change a byte of the disk's id."""
-    _overwrite(path, 17, b"\xff")
+    """Change a bit of the disk's id."""
+    _overwrite(path, 17, bytes([path.read_bytes()[17] ^ 1]))
 
 
 def make_older(path: Path) -> None:

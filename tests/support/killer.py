@@ -1,6 +1,7 @@
 """Who lets daemons and keepers of a mount die, and what their users feel of it."""
 
 import contextlib
+import itertools
 import mmap
 import os
 import random
@@ -162,3 +163,30 @@ class Pulse:
             self._errors.append(e)
         finally:
             os.close(fd)
+
+
+class Contents:
+    """What snapshots showed when they were new, and have to show for ever."""
+
+    def __init__(self, mount: Mount, disk: str) -> None:
+        self._mount = mount
+        self._disk = disk
+        self._names = (f"n{index}" for index in itertools.count())
+        self._contents: dict[str, bytes] = {}
+
+    def create(self) -> None:
+        """Take a snapshot, and delete the oldest but some."""
+        name = next(self._names)
+        self._mount.create(name)
+        self._contents[name] = self._path(name).read_bytes()
+        if len(self._contents) > 4:
+            oldest = next(iter(self._contents))
+            del self._contents[oldest]
+            self._mount.delete(oldest)
+
+    def check(self) -> None:
+        for name, content in self._contents.items():
+            assert self._path(name).read_bytes() == content, name
+
+    def _path(self, name: str) -> Path:
+        return self._mount.snapshot(name, self._disk)
