@@ -736,7 +736,9 @@ def tear(path):
 def tear_header(path):
     with path.open("r+b") as file:
         file.seek(17)
-        file.write(b"\xff")
+        byte = file.read(1)[0]
+        file.seek(17)
+        file.write(bytes([byte ^ 1]))
 
 
 def overwrite(path):

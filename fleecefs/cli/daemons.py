@@ -34,9 +34,11 @@ def choose(mount: str | None) -> "RunningMount":
     """Return the daemon that serves mount, or the only one there is."""
     from fleecefs.state.runtime import running_mounts
 
-    running = running_mounts()
     if mount is not None:
-        return _serving(mount, running)
+        # Only that one is looked at: another daemon may hang.
+        names = {os.path.abspath(mount), resolve(mount)}
+        return _serving(mount, running_mounts(names))
+    running = running_mounts()
     if not running:
         raise NotFound("no daemon is running: start one with 'fleecefs mount'")
     if len(running) > 1:

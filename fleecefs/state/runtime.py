@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -100,8 +101,8 @@ def control_socket(directory: Path) -> Path:
     return directory / "control"
 
 
-def running_mounts() -> list[RunningMount]:
-    """Return the mounts of this user that a daemon serves, by mount point."""
+def running_mounts(wanted: Collection[str] | None = None) -> list[RunningMount]:
+    """Return the mounts of this user that a daemon serves, or some of them, sorted."""
     try:
         base = base_directory()
     except NotUsable:
@@ -115,7 +116,7 @@ def running_mounts() -> list[RunningMount]:
             )
         except (OSError, ValueError, KeyError, TypeError):
             continue  # ended just now
-        if _is_served(mount):
+        if (wanted is None or mount.mount in wanted) and _is_served(mount):
             found.append(mount)
     return sorted(found)
 

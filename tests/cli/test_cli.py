@@ -30,7 +30,9 @@ def surroundings(monkeypatch):
 def running(monkeypatch):
     """The mounts that are said to be served."""
     mounts = []
-    monkeypatch.setattr("fleecefs.state.runtime.running_mounts", lambda: list(mounts))
+    monkeypatch.setattr(
+        "fleecefs.state.runtime.running_mounts", lambda wanted=None: list(mounts)
+    )
     return mounts
 
 
