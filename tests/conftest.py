@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import re
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio.testing
 
-from tests.support.mount import Mount, require_mount
+from tests.support.mount import Mount, remove_leftovers, require_mount
 
 # A guest gives up after 30 s and more; when a daemon dies, it waits some tenths.
 STALL_SECONDS_MAX = 10.0
@@ -26,6 +27,8 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "logs(pattern): the test makes us log a warning, or worse, like this"
     )
+    if os.getuid() == 0:
+        remove_leftovers()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -28,7 +28,17 @@ def check(ctx: click.Context, repair: bool, as_json: bool, state: str) -> None:
 
     findings = checking.check(Path(state).absolute(), repair=repair)
     if as_json:
-        print_json([finding._asdict() for finding in findings])
+        print_json(
+            [
+                {
+                    "what": finding.what,
+                    "problem": finding.problem,
+                    "can-repair": finding.can_repair,
+                    "repaired": finding.repaired,
+                }
+                for finding in findings
+            ]
+        )
     elif not findings:
         click.echo("nothing is wrong")
     else:

@@ -482,7 +482,7 @@ def test_the_command_prints_json(clean):
     finding = {
         "what": str(path),
         "problem": "belongs to no snapshot",
-        "can_repair": True,
+        "can-repair": True,
         "repaired": False,
     }
     assert (found.exit_code, json.loads(found.stdout)) == (1, [finding])

@@ -7,6 +7,7 @@ waits for it.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -63,6 +64,31 @@ def wait_until(
     while not condition():
         assert time.monotonic() < deadline, f"not within {patience:g} s: {what}"
         time.sleep(0.005)
+
+
+def remove_leftovers() -> None:
+    """Take down the dead mounts that test runs have left which were killed.
+
+    mkfs.btrfs asks every loop device of the machine what it stands on, and fails where
+    one stands on a dead mount.
+    """
+    for point in mounts():
+        if "/fleecefs-" not in point or not _is_dead(point):
+            continue
+        for device in Path("/dev").glob("loop[0-9]*"):
+            if (_backing(device) or "").startswith(f"{point}/"):
+                # Not every one is mounted.
+                subprocess.run(["umount", "--lazy", device], capture_output=True)
+                run("losetup", "--detach", device)
+        run("fusermount3", "-u", "-z", point)
+
+
+def _is_dead(point: str) -> bool:
+    try:
+        os.stat(point)
+    except OSError as e:
+        return e.errno == errno.ENOTCONN
+    return False
 
 
 class Mount:
