@@ -1,0 +1,169 @@
+"""All jobs of a mount, by id, and what became of the last ones that are gone."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from fleecefs.errors import BadName, Busy, NameTaken, NotFound
+from fleecefs.jobs.job import Emit, Job
+from fleecefs.jobs.options import BackupOptions
+from fleecefs.jobs.status import JobStatus
+from fleecefs.jobs.transaction import Transaction
+
+log = logging.getLogger(__name__)
+
+# Who follows a job asks every second; a job that is gone was among the last.
+ENDED_MAX = 100
+ID_LENGTH_MAX = 255
+
+# Blocking; returns a job for each, all of one instant, or raises OSError and has
+# left nothing behind.
+CreateBackups = Callable[[Sequence[BackupOptions]], Sequence[Job]]
+
+
+class Jobs:
+    """Jobs live here from their creation until they are dismissed. In trio only."""
+
+    def __init__(
+        self, create_backups: CreateBackups, emit: Emit, ended_path: Path | None = None
+    ) -> None:
+        self._create_backups = create_backups
+        self._emit = emit
+        # For the next daemon: who follows a job asks it.
+        self._ended_path = ended_path
+        self._ended = _load(ended_path)
+        self._jobs: dict[str, Job] = {}
+        # Added before `run`.
+        self._early: list[Transaction] = []
+        self._nursery: trio.Nursery | None = None
+        self._creating = trio.Lock()
+        self._is_closing = False
+        self._closing = trio.Event()
+        self._closed = trio.Event()
+
+    async def run(self) -> None:
+        """Run the jobs there are and those to come, until `close`."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for transaction in self._early:
+                    nursery.start_soon(transaction.run)
+                await self._closing.wait()
+        finally:
+            self._closed.set()
+
+    async def close(self) -> None:
+        """Cancel all jobs, and return when they have cleaned up."""
+        self._is_closing = True
+        async with self._creating:
+            for job in self._jobs.values():
+                job.stop("cancelled, as the mount has ended")
+            for job in self._jobs.values():
+                if job.transaction is not None:
+                    job.transaction.give_up(job)
+        self._closing.set()
+        if self._nursery is not None:
+            await self._closed.wait()
+
+    def check_end(self) -> None:
+        """Raise Busy while a job would be cancelled by an end of the mount."""
+        working = [job.id for job in self._jobs.values() if not job.is_over]
+        if working:
+            raise Busy(
+                f"job {working[0]!r} has not ended: wait for it with 'fleecefs job "
+                f"wait {working[0]}', cancel it, or use --force"
+            )
+
+    async def start_backups(
+        self, wanted: Sequence[BackupOptions], *, grouped: bool = False
+    ) -> list[Job]:
+        """Start backups of one instant; raise OSError, and then none is started.
+
+        Grouped, all of them end well or none does.
+        """
+        async with self._creating:
+            if self._is_closing:
+                raise Busy("the mount is ending")
+            self._check_ids([options.job_id for options in wanted])
+            jobs = list(
+                await trio.to_thread.run_sync(self._create_backups, list(wanted))
+            )
+            groups = [jobs] if grouped else [[job] for job in jobs]
+            for group in groups:
+                self.add(group)
+        return jobs
+
+    def add(self, group: Sequence[Job]) -> None:
+        """Run jobs that exist already, as one transaction."""
+        transaction = Transaction(group)
+        for job in group:
+            assert job.id not in self._jobs
+            self._jobs[job.id] = job
+            job.emit = self._emit
+            job.moved = self._moved
+            self._emit("JOB_STATUS_CHANGE", {"id": job.id, "status": job.status.value})
+        if self._nursery is None:
+            self._early.append(transaction)
+        else:
+            self._nursery.start_soon(transaction.run)
+
+    def get(self, job_id: str) -> Job:
+        """Return a job that has not been dismissed; NotFound if there is none."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise NotFound(f"no job {job_id!r}")
+        return job
+
+    def all(self) -> list[Job]:
+        """Return the jobs in the order of their creation."""
+        return list(self._jobs.values())
+
+    def describe(self, job_id: str) -> dict[str, Any]:
+        """Return what is known of a job, also of one that is gone."""
+        if job_id not in self._jobs and job_id in self._ended:
+            return self._ended[job_id]
+        return self.get(job_id).describe()
+
+    def _check_ids(self, ids: Iterable[str]) -> None:
+        seen = set(self._jobs)
+        for job_id in ids:
+            if job_id in seen:
+                raise NameTaken(f"a job {job_id!r} exists: give another job id")
+            if not 0 < len(job_id) <= ID_LENGTH_MAX or not job_id.isprintable():
+                raise BadName(f"{job_id!r} can not be the id of a job")
+            seen.add(job_id)
+
+    def _moved(self, job: Job) -> None:
+        if job.status is JobStatus.NULL:
+            del self._jobs[job.id]
+            self._ended.pop(job.id, None)
+            self._ended[job.id] = job.describe()
+            while len(self._ended) > ENDED_MAX:
+                del self._ended[next(iter(self._ended))]
+            self._save_ended()
+
+    def _save_ended(self) -> None:
+        if self._ended_path is None:
+            return
+        new = self._ended_path.with_suffix(".new")
+        try:
+            new.write_text(json.dumps(self._ended))
+            os.replace(new, self._ended_path)
+        except OSError as e:
+            log.warning("%s: %s", self._ended_path, e.strerror)
+
+
+def _load(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Return what the daemon before us has saved, if it has."""
+    ended: dict[str, dict[str, Any]] = {}
+    if path is not None:
+        # What became of old jobs is not worth an end of the mount.
+        with contextlib.suppress(OSError, ValueError):
+            ended = json.loads(path.read_text())
+    return ended
