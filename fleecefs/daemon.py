@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from fleecefs.block.epoch import OnCbwError
 from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.events import Events
 from fleecefs.control.server import serving
-from fleecefs.errors import Refused, describe
+from fleecefs.errors import Refused, Unsupported, describe
 from fleecefs.fuse.channel import Channel
 from fleecefs.fuse.data import DataThreads
 from fleecefs.fuse.mount import read_ahead, unmount
 from fleecefs.fuse.names import Names
 from fleecefs.inventory import RAM_LIMIT, Inventory, Options
+from fleecefs.jobs.job import Job
+from fleecefs.jobs.options import BackupOptions
+from fleecefs.jobs.registry import Jobs
 from fleecefs.killpoint import reached
 from fleecefs.state import runtime
 
@@ -72,6 +75,11 @@ class Daemon:
             is_first=self._generation == 0,
         )
         self._inventory.invalidate = self._channel.invalidate
+        self._jobs = Jobs(
+            self._create_backups,
+            self._events.emit,
+            self._inventory.runtime_path / "jobs.json",
+        )
         self._data = DataThreads(self._channel, self._inventory.files)
         self._names = Names(self._inventory, self._channel.resent, self._data.opened_by)
 
@@ -87,7 +95,9 @@ class Daemon:
         inventory = self._inventory
         self._events.start(trio.lowlevel.current_trio_token())
         commands = Commands(
-            inventory, Lifecycle(self._status, self._umount, self._restart)
+            inventory,
+            self._jobs,
+            Lifecycle(self._status, self._umount, self._restart),
         )
         control = str(runtime.control_socket(inventory.runtime_path))
         async with serving(control, commands, self._events):
@@ -96,11 +106,13 @@ class Daemon:
                 nursery.start_soon(self._obey_signals)
                 nursery.start_soon(_run_in_thread, self._channel.relay_answers)
                 nursery.start_soon(self._tell_ready, report)
+                nursery.start_soon(self._jobs.run)
                 if self._generation > 0:
                     self._channel.resend()
                     reached("start.resent")
                 await _run_in_thread(self._data.run)
                 self._ended.set()
+                await self._jobs.close()
                 self._names.end()
                 self._channel.close_names()
                 nursery.cancel_scope.cancel()
@@ -154,6 +166,7 @@ class Daemon:
     async def _umount(self, force: bool) -> None:
         """Unmount; the data threads end when the kernel tells them."""
         if not force:
+            self._jobs.check_end()
             await trio.to_thread.run_sync(self._inventory.check_end)
         await trio.to_thread.run_sync(lambda: unmount(self._mountpoint, lazy=force))
         reached("end.unmounted")
@@ -167,6 +180,9 @@ class Daemon:
             await trio.to_thread.run_sync(self._data.stop)
 
     # -- for the control socket
+
+    def _create_backups(self, wanted: Sequence[BackupOptions]) -> Sequence[Job]:
+        raise Unsupported("backups are not built yet")
 
     def _status(self) -> dict[str, Any]:
         inventory = self._inventory

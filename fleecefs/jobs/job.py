@@ -24,7 +24,7 @@ import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -57,7 +57,7 @@ BUG = "internal error: the daemon's log tells more"
 class Job:
     """What all kinds of jobs have in common."""
 
-    type: ClassVar[str]
+    type: str
 
     def __init__(
         self,
@@ -231,6 +231,7 @@ class Job:
         """End with this error, at once, also while paused; no-op if it has done all."""
         if self.status in WORKING and not self.is_cancelled and self.error is None:
             self.error = describe(error)
+            self.save()
             self._end_work()
 
     def converge(self) -> None:
@@ -264,6 +265,7 @@ class Job:
         if self.is_good and not self._is_committing:
             self.is_cancelled = True
             self.error = reason
+            self.save()
             self._end_work()
 
     def wait_for_finalize(self) -> None:
@@ -416,7 +418,7 @@ class Job:
         return logging.ERROR, f"job {self.id} failed: {self.error}; {text}"
 
     def _emit_end(self) -> None:
-        if not self._is_started:
+        if not self._is_started and self.restarts == 0:
             return
         if self.is_cancelled:
             self.emit("BLOCK_JOB_CANCELLED", self._summary())

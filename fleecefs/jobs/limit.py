@@ -63,7 +63,7 @@ class RateLimit:
 
     @property
     def _quota(self) -> float:
-        return max(1.0, self.speed * SLICE)
+        return self.speed * SLICE
 
     def _slice_seconds(self) -> float:
         return SLICE * self._charged / self._quota

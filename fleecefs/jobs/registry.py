@@ -1,15 +1,14 @@
 """All jobs of a mount, by id, and what became of the last ones that are gone."""
 
-import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from fleecefs.block.bitmap import replace_file
 from fleecefs.errors import BadName, Busy, NameTaken, NotFound
 from fleecefs.jobs.job import Emit, Job
 from fleecefs.jobs.options import BackupOptions
@@ -39,6 +38,9 @@ class Jobs:
         self._ended_path = ended_path
         self._ended = _load(ended_path)
         self._jobs: dict[str, Job] = {}
+        for known in self._ended.values():
+            if known["status"] == JobStatus.CONCLUDED.value:
+                self._keep(Remembered(known))
         # Added before `run`.
         self._early: list[Transaction] = []
         self._nursery: trio.Nursery | None = None
@@ -103,10 +105,7 @@ class Jobs:
         """Run jobs that exist already, as one transaction."""
         transaction = Transaction(group)
         for job in group:
-            assert job.id not in self._jobs
-            self._jobs[job.id] = job
-            job.emit = self._emit
-            job.moved = self._moved
+            self._keep(job)
             self._emit("JOB_STATUS_CHANGE", {"id": job.id, "status": job.status.value})
         if self._nursery is None:
             self._early.append(transaction)
@@ -139,31 +138,76 @@ class Jobs:
                 raise BadName(f"{job_id!r} can not be the id of a job")
             seen.add(job_id)
 
+    def _keep(self, job: Job) -> None:
+        assert job.id not in self._jobs
+        self._jobs[job.id] = job
+        job.emit = self._emit
+        job.moved = self._moved
+
     def _moved(self, job: Job) -> None:
         if job.status is JobStatus.NULL:
             del self._jobs[job.id]
-            self._ended.pop(job.id, None)
-            self._ended[job.id] = job.describe()
-            while len(self._ended) > ENDED_MAX:
-                del self._ended[next(iter(self._ended))]
-            self._save_ended()
+        elif job.status is not JobStatus.CONCLUDED or job.auto_dismiss:
+            return
+        # The last to end comes last.
+        self._ended.pop(job.id, None)
+        self._ended[job.id] = job.describe()
+        while len(self._ended) > ENDED_MAX:
+            del self._ended[next(iter(self._ended))]
+        self._save_ended()
 
     def _save_ended(self) -> None:
         if self._ended_path is None:
             return
-        new = self._ended_path.with_suffix(".new")
         try:
-            new.write_text(json.dumps(self._ended))
-            os.replace(new, self._ended_path)
+            replace_file(self._ended_path, json.dumps(self._ended).encode())
         except OSError as e:
             log.warning("%s: %s", self._ended_path, e.strerror)
 
 
+class Remembered(Job):
+    """A job that concluded under a daemon before us, and was not dismissed."""
+
+    def __init__(self, known: dict[str, Any]) -> None:
+        super().__init__(
+            known["id"],
+            known["disk"],
+            speed=known["speed"],
+            auto_finalize=known["auto-finalize"],
+            auto_dismiss=known["auto-dismiss"],
+        )
+        self.type = known["type"]
+        self.status = JobStatus.CONCLUDED
+        self.progress.current = known["current"]
+        self.progress.remaining = known["total"] - known["current"]
+        self.io_status = known["io-status"]
+        self.error = known["error"]
+        self.is_cancelled = known["cancelled"]
+        self.created = known["created"]
+        self.ended = known["created"] + known["elapsed"]
+        self.restarts = known["restarts"]
+        self._known = known
+
+    def details(self) -> dict[str, Any]:
+        return {k: v for k, v in self._known.items() if k not in _CHANGEABLE}
+
+
+# What dismissing a job changes of what is known of it.
+_CHANGEABLE = {"status"}
+
+
 def _load(path: Path | None) -> dict[str, dict[str, Any]]:
     """Return what the daemon before us has saved, if it has."""
-    ended: dict[str, dict[str, Any]] = {}
-    if path is not None:
+    if path is None:
+        return {}
+    try:
+        ended: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        for known in ended.values():
+            Remembered(known)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         # What became of old jobs is not worth an end of the mount.
-        with contextlib.suppress(OSError, ValueError):
-            ended = json.loads(path.read_text())
+        log.warning("forgot what became of jobs: %s: %r", path, e)
+        return {}
     return ended

@@ -10,6 +10,7 @@ from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.events import Events
 from fleecefs.control.server import serving
 from fleecefs.errors import Busy, NameTaken, NotFound, Refused
+from tests.jobs.fakes import new_jobs
 
 SIZE = 8 << 30
 # Beyond the largest pid_max: nobody has it.
@@ -110,6 +111,7 @@ class FakeDaemon:
         self.users = None
         self.events = Events()
         self.inventory = FakeInventory(self.events.emit)
+        self.jobs, self.backups = new_jobs(self.events.emit)
         self._ended = trio.Event()
 
     def status(self):
@@ -150,8 +152,12 @@ class FakeDaemon:
     async def serving(self):
         self.events.start(trio.lowlevel.current_trio_token())
         lifecycle = Lifecycle(self.status, self.umount, self.restart)
-        async with serving(self.path, Commands(self.inventory, lifecycle), self.events):
+        commands = Commands(self.inventory, self.jobs, lifecycle)
+        # Not in a nursery: what is raised in the block leaves it bare.
+        trio.lowlevel.spawn_system_task(self.jobs.run)
+        async with serving(self.path, commands, self.events):
             yield self
+            await self.jobs.close()
 
     async def run(self, started):
         async with self.serving():
