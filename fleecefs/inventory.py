@@ -41,6 +41,7 @@ from fleecefs.state import runtime
 from fleecefs.state.directory import (
     DiskRecord,
     EpochRecord,
+    PrivateRecord,
     SnapshotFileRecord,
     SnapshotRecord,
     State,
@@ -74,6 +75,35 @@ class Options:
     cbw_timeout: float = 10.0
     cluster_size: int | None = None
     survives_host: bool = False
+
+
+@dataclass(frozen=True)
+class PrivateOptions:
+    """A private snapshot of a disk. `key` names what keeps it over a crash, jobs/KEY.
+
+    What is None is as the mount has it.
+    """
+
+    disk: str
+    key: str
+    on_cbw_error: OnCbwError | None = None
+    cbw_timeout: float | None = None
+
+
+class PrivateSnapshot:
+    """A snapshot of one disk that only a job sees, and what it holds of the tiers.
+
+    `broke` is called, in any thread, with the reason when it breaks.
+    """
+
+    def __init__(
+        self, record: PrivateRecord, disk: Disk, snapshot: Snapshot, budgets: Budgets
+    ) -> None:
+        self.record = record
+        self.disk = disk
+        self.snapshot = snapshot
+        self.budgets = budgets
+        self.broke: Callable[[str], None] = lambda reason: None
 
 
 class SnapshotGroup:
@@ -114,6 +144,7 @@ class Inventory:
         self.disks: dict[str, Disk] = {}
         self.inodes: dict[str, int] = {}
         self.snapshots: dict[str, SnapshotGroup] = {}
+        self.private: dict[str, PrivateSnapshot] = {}
         # What the data threads serve, by inode number.
         self.files: dict[int, Disk | Snapshot] = {}
         self.changed_ns = time.time_ns()
@@ -173,6 +204,7 @@ class Inventory:
     def _load(self, sources: dict[str, Path]) -> None:
         state = self._state
         state.snapshots = [entry for entry in state.snapshots if entry.is_created]
+        state.private = [p for p in state.private if self._is_kept(p, sources)]
         lost = set(self._lost_files())
         self._forget_disks(set(sources))
         for name, path in sources.items():
@@ -181,6 +213,8 @@ class Inventory:
             self._load_epochs(record)
         for snapshot in state.snapshots:
             self._add_group(snapshot)
+        for private in state.private:
+            self._add_private(private)
         for name, disk_name, reason in set(self._lost_files()) - lost:
             log.error("snapshot %s of %s is broken: %s", name, disk_name, reason)
         reached("start.loaded")
@@ -192,6 +226,14 @@ class Inventory:
             self._collect(disk)
         reached("start.collected")
         self._remove_orphans()
+
+    def _is_kept(self, private: PrivateRecord, disks: Iterable[str]) -> bool:
+        """Tell whether a job needs this snapshot to go on."""
+        if self._end is End.HOST_CRASHED:
+            # What was given up by then is not known any more.
+            private.lost = private.lost or "the host went down"
+        has_job = (self.state_path / "jobs" / f"{private.key}.json").exists()
+        return private.is_created and private.disk in disks and has_job
 
     def _lost_files(self) -> Iterable[tuple[str, str, str]]:
         """Yield each broken part of a snapshot: snapshot, disk and reason."""
@@ -315,11 +357,14 @@ class Inventory:
         for file in self._file_records(disk):
             file.lost = file.lost or reason
 
-    def _file_records(self, disk: str) -> Iterable[SnapshotFileRecord]:
+    def _file_records(self, disk: str) -> Iterable[SnapshotFileRecord | PrivateRecord]:
         for snapshot in self._state.snapshots:
             for file in snapshot.files:
                 if file.disk == disk:
                     yield file
+        for private in self._state.private:
+            if private.disk == disk:
+                yield private
 
     def _load_epochs(self, record: DiskRecord) -> None:
         """Open the epochs of a disk, and retire again what a crash left unretired.
@@ -331,8 +376,9 @@ class Inventory:
         snapshots = {file.epoch: file for file in self._file_records(record.name)}
         epochs: list[Epoch] = []
         for entry in reversed(record.epochs):
-            files = self._files_of(record, entry)
             file = snapshots.get(entry.number)
+            is_private = isinstance(file, PrivateRecord)
+            files = self._files_of(record, entry, is_private=is_private)
             policy = (
                 OnCbwError(file.on_cbw_error) if file else self.options.on_cbw_error
             )
@@ -344,6 +390,8 @@ class Inventory:
             if reason is not None:
                 # It keeps its place until it is retired with its snapshot.
                 epoch = gone(entry.number, reason, files.remove)
+            if isinstance(file, PrivateRecord):
+                epoch.timeout = file.cbw_timeout
             if file is None:
                 epoch.lost = epoch.lost or "deleted"
             else:
@@ -352,7 +400,9 @@ class Inventory:
             epochs.insert(0, epoch)
         self.disks[record.name].history.load(epochs)
 
-    def _files_of(self, record: DiskRecord, entry: EpochRecord) -> EpochFiles:
+    def _files_of(
+        self, record: DiskRecord, entry: EpochRecord, *, is_private: bool = False
+    ) -> EpochFiles:
         place = Path("disks", record.name, "epochs", f"{entry.number:04}")
         return EpochFiles(
             disk_id=UUID(record.id),
@@ -362,8 +412,9 @@ class Inventory:
             runtime=self.runtime_path / place,
             state=self.state_path / place,
             store=self.state_path / entry.store,
-            budgets=self.budgets,
+            budgets=self.budgets.within() if is_private else self.budgets,
             survives_host=entry.durability == "host",
+            is_private=is_private,
         )
 
     def stop(self) -> None:
@@ -375,6 +426,9 @@ class Inventory:
         self._broken.put(None)
         self._recorder.join()
         with self._control:
+            # Whose jobs have not ended: they do not go on.
+            for private in list(self.private.values()):
+                self._drop_private(private)
             for epoch, files in list(self._epoch_files.items()):
                 try:
                     files.save(epoch)
@@ -518,31 +572,44 @@ class Inventory:
         return [self.disks[name] for name in dict.fromkeys(names)]
 
     def _prepare_epoch(self, disk: Disk, snapshot: SnapshotRecord) -> Epoch:
-        record = self._disk_record(disk.name)
-        assert record is not None
+        durability = "host" if self.options.survives_host else "process"
+        epoch = self._create_epoch(disk, self.options.on_cbw_error, durability)
+        snapshot.files.append(
+            SnapshotFileRecord(
+                disk.name,
+                self._state.new_inode(),
+                epoch.number,
+                disk.allocated(),
+                epoch.on_cbw_error.value,
+            )
+        )
+        return epoch
+
+    def _create_epoch(
+        self,
+        disk: Disk,
+        on_cbw_error: OnCbwError,
+        durability: str,
+        *,
+        is_private: bool = False,
+    ) -> Epoch:
+        record = self._record_of(disk)
         place = Path("disks", disk.name, "epochs", f"{record.next_epoch:04}")
         # Relative if it is in the state directory, which may move or be copied.
         store = place if self.options.store is None else self._store_base / place
-        durability = "host" if self.options.survives_host else "process"
         entry = EpochRecord(record.next_epoch, str(store), durability)
         record.next_epoch += 1
-        files = self._files_of(record, entry)
+        files = self._files_of(record, entry, is_private=is_private)
         try:
-            epoch = files.create(self.options.on_cbw_error)
+            epoch = files.create(on_cbw_error)
+            if is_private:
+                # Now, so that there is room for it later.
+                epoch.denied = epoch.make_denied()
         except OSError as e:
             files.remove()
             raise OSError(e.errno, f"no new snapshot: {e.strerror}") from None
         record.epochs.append(entry)
         self._epoch_files[epoch] = files
-        snapshot.files.append(
-            SnapshotFileRecord(
-                disk.name,
-                self._state.new_inode(),
-                entry.number,
-                disk.allocated(),
-                epoch.on_cbw_error.value,
-            )
-        )
         return epoch
 
     def _undo_create(
@@ -550,6 +617,9 @@ class Inventory:
     ) -> None:
         if record in self._state.snapshots:
             self._state.snapshots.remove(record)
+        self._undo_epochs(disks, epochs)
+
+    def _undo_epochs(self, disks: list[Disk], epochs: list[Epoch]) -> None:
         for disk, epoch in zip(disks, epochs, strict=False):
             if epoch in disk.history.epochs:
                 disk.history.retire(epoch, "never created")
@@ -612,6 +682,108 @@ class Inventory:
         self._emit("FLEECEFS_SNAPSHOT_DELETED", {"name": name})
         log.info("snapshot %s deleted", name)
 
+    # -- private snapshots
+
+    def create_private(self, wanted: Sequence[PrivateOptions]) -> list[PrivateSnapshot]:
+        """Freeze disks at one instant, each for a job; nobody else sees it.
+
+        Raises NotFound for a disk, OSError if there is no room; then nothing is left.
+        Over a crash of the daemon a snapshot is kept if its job is (jobs/KEY.json).
+        """
+        with self._control:
+            disks: list[Disk] = []
+            epochs: list[Epoch] = []
+            records: list[PrivateRecord] = []
+            before = list(self._state.private)
+            try:
+                for options in wanted:
+                    (disk,) = self._choose([options.disk])
+                    disks.append(disk)
+                    epochs.append(self._create_private_epoch(disk, options))
+                    reached("private.prepared")
+                    records.append(self._private_record(disk, epochs[-1], options.key))
+                self._state.private = before + records
+                # Ahead of the instant, as for all snapshots.
+                self._directory.save(self._state)
+                reached("private.saved")
+                freeze(disks, epochs)
+                reached("private.frozen")
+                now = time.time_ns()
+                for record in records:
+                    record.created_ns = now
+                    record.is_created = True
+                self._save()
+                reached("private.recorded")
+            except BaseException:
+                self._state.private = before
+                self._undo_epochs(disks, epochs)
+                raise
+            return [self._add_private(record) for record in records]
+
+    def _create_private_epoch(self, disk: Disk, options: PrivateOptions) -> Epoch:
+        # What writes preserve from now on may be needed by older snapshots too.
+        is_alone = not disk.history.epochs
+        epoch = self._create_epoch(
+            disk,
+            options.on_cbw_error or self.options.on_cbw_error,
+            "host" if self.options.survives_host and not is_alone else "process",
+            is_private=True,
+        )
+        epoch.timeout = options.cbw_timeout
+        if epoch.timeout is None:
+            epoch.timeout = self.options.cbw_timeout
+        return epoch
+
+    def _private_record(self, disk: Disk, epoch: Epoch, key: str) -> PrivateRecord:
+        assert epoch.timeout is not None
+        return PrivateRecord(
+            key=key,
+            disk=disk.name,
+            epoch=epoch.number,
+            created_ns=0,
+            allocated=disk.allocated(),
+            on_cbw_error=epoch.on_cbw_error.value,
+            cbw_timeout=float(epoch.timeout),
+        )
+
+    def _add_private(self, record: PrivateRecord) -> PrivateSnapshot:
+        disk = self.disks[record.disk]
+        epoch = next((e for e in disk.history.epochs if e.number == record.epoch), None)
+        if epoch is None:
+            epoch = gone(record.epoch, record.lost or "its epoch is missing")
+        record.lost = record.lost or epoch.lost
+        snapshot = Snapshot(
+            disk.id,
+            disk.history,
+            epoch,
+            size=disk.size,
+            created_ns=record.created_ns,
+            allocated=record.allocated,
+        )
+        files = self._epoch_files.get(epoch)
+        budgets = files.budgets if files is not None else self.budgets.within()
+        private = PrivateSnapshot(record, disk, snapshot, budgets)
+        self.private[record.key] = private
+        return private
+
+    def delete_private(self, private: PrivateSnapshot) -> None:
+        """Delete a private snapshot; no-op if that has been done."""
+        with self._control:
+            if private.record.key not in self.private:
+                return
+            self._drop_private(private)
+            self._save_gone()
+
+    def _drop_private(self, private: PrivateSnapshot) -> None:
+        del self.private[private.record.key]
+        self._state.private.remove(private.record)
+        # Out of the state before any of its data goes.
+        self._save_gone()
+        reached("private.forgotten")
+        private.disk.history.retire(private.snapshot.epoch, "its job has ended")
+        self._collect(private.disk)
+        reached("private.dropped")
+
     def _collect(self, disk: Disk) -> None:
         disk.history.collect()
         for epoch in list(self._epoch_files):
@@ -623,6 +795,9 @@ class Inventory:
         for inode, file in list(self.files.items()):
             if isinstance(file, Snapshot) and file.epoch is epoch:
                 self.invalidate(inode)
+        for private in list(self.private.values()):
+            if private.snapshot.epoch is epoch:
+                private.broke(reason)
         self._broken.put((disk, epoch, reason))
 
     def _record_broken(self) -> None:
@@ -653,6 +828,8 @@ class Inventory:
                     file.lost = snapshot.lost
             if snapshot.epoch is epoch:
                 found = group.name
+        for private in self.private.values():
+            private.record.lost = private.snapshot.lost
         return found
 
     def check_end(self) -> None:

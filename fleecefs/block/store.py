@@ -24,10 +24,16 @@ COPY_SIZE_MAX = 1 << 20
 
 
 class Budget:
-    """Bytes that stores may hold together; None is no limit."""
+    """Bytes that stores may hold together; None is no limit.
 
-    def __init__(self, limit: int | None, name: str) -> None:
+    One within another counts what a part of the stores hold of its bytes.
+    """
+
+    def __init__(
+        self, limit: int | None, name: str, *, within: "Budget | None" = None
+    ) -> None:
         self.limit = limit
+        self._within = within
         self.name = name
         self.used = 0
         self.peak = 0
@@ -35,23 +41,31 @@ class Budget:
 
     def take(self, size: int) -> bool:
         """Reserve bytes, or return False if they are not there."""
+        if self._within is not None and not self._within.take(size):
+            return False
         with self._lock:
             used = self.used + size
-            if self.limit is not None and used > self.limit:
-                return False
-            self.used = used
-            self.peak = max(self.peak, used)
-            return True
+            has_room = self.limit is None or used <= self.limit
+            if has_room:
+                self.used = used
+                self.peak = max(self.peak, used)
+        if not has_room and self._within is not None:
+            self._within.give(size)
+        return has_room
 
     def charge(self, size: int) -> None:
         """Count bytes that are held already, whatever the limit says."""
         with self._lock:
             self.used += size
             self.peak = max(self.peak, self.used)
+        if self._within is not None:
+            self._within.charge(size)
 
     def give(self, size: int) -> None:
         with self._lock:
             self.used -= size
+        if self._within is not None:
+            self._within.give(size)
 
     def statistics(self) -> dict[str, int | None]:
         return {"limit": self.limit, "used": self.used, "peak": self.peak}
