@@ -93,6 +93,8 @@ class FakeBackups:
     def __init__(self, disks=("web.raw", "db.raw"), seconds=1.0):
         self.disks = disks
         self.seconds = seconds
+        # What fails in new jobs: an OSError, by the name of the step.
+        self.failing = {}
         self.wanted = []
         self.jobs = {}
 
@@ -116,6 +118,7 @@ class FakeBackups:
         )
         job.target = str(options.target)
         job.sync = options.sync.value
+        job.failing = self.failing
         self.jobs[job.id] = job
         return job
 

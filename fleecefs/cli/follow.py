@@ -1,0 +1,224 @@
+"""Follow jobs to their end, also over a restart of the daemon."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn, cast
+
+import click
+
+from fleecefs.cli.daemons import MOUNT_KEY, choose
+from fleecefs.cli.edge import INTERRUPTED, JOB_FAILED, complain
+from fleecefs.cli.text import format_duration, format_time_left, printable
+from fleecefs.units import format_size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from fleecefs.control.client import Client
+    from fleecefs.control.results import Cost, Job
+
+# How often a person sees a change, and a program gets a line.
+_BAR_SECONDS = 0.5
+_LINE_SECONDS = 1.0
+
+# As long as the keeper tries to start the next daemon.
+_LOST_SECONDS = 60.0
+_RETRY_SECONDS = 0.1
+
+_BAR_WIDTH = 24
+
+
+def is_over(job: "Job") -> bool:
+    """Whether nothing happens to a job any more."""
+    return job["status"] in ("concluded", "null")
+
+
+def is_settled(job: "Job") -> bool:
+    """Whether a job does not go on unless told to."""
+    return is_over(job) or (job["status"] == "pending" and not job["auto-finalize"])
+
+
+def follow(ids: Sequence[str], as_json: bool) -> "list[Job]":
+    """Show how jobs go on, and return what they are when all have settled.
+
+    A terminal gets a bar; a program, with --json, a line for each job every second.
+    """
+    if as_json:
+        return _print_lines(ids)
+    if sys.stdout.isatty():
+        return _draw_bars(ids)
+    return wait(ids, is_settled)
+
+
+def wait(ids: Sequence[str], is_end: "Callable[[Job], bool]") -> "list[Job]":
+    """Return what the jobs are when all have come to that."""
+    *_, last = _states(ids, is_end, _LINE_SECONDS)
+    return last
+
+
+def conclude(jobs: "list[Job]", as_json: bool) -> NoReturn:
+    """Say how the jobs have ended, and exit with the status for it."""
+    failed = False
+    for job in jobs:
+        problem = find_problem(job)
+        failed |= problem is not None
+        if problem is not None:
+            complain(problem)
+        elif not as_json:
+            click.echo(printable(describe_end(job)))
+    click.get_current_context().exit(JOB_FAILED if failed else 0)
+
+
+def leave(ids: Sequence[str]) -> NoReturn:
+    """Say that the jobs go on without us, after Ctrl-C."""
+    for each in ids:
+        complain(
+            f"job {each} goes on: follow it with 'fleecefs job wait {each}',"
+            f" or end it with 'fleecefs job cancel {each}'"
+        )
+    click.get_current_context().exit(INTERRUPTED)
+
+
+def find_problem(job: "Job") -> str | None:
+    """Return what went wrong with a job, if something did."""
+    if job["cancelled"]:
+        # Nothing else ends such a backup.
+        is_normal = job["sync"] == "none" and job["error"] == "cancelled"
+        return None if is_normal else f"job {job['id']} was {job['error']}"
+    if job["error"] is not None:
+        return f"job {job['id']} failed: {job['error']}"
+    return None
+
+
+def describe_end(job: "Job") -> str:
+    """Return how a job ended well, or that it waits for people."""
+    if job["status"] == "pending":
+        return f"job {job['id']} waits for 'fleecefs job finalize {job['id']}'"
+    elapsed = max(job["elapsed"], 1e-3)
+    took = f"{format_size(job['current'])} in {format_duration(job['elapsed'])}"
+    speed = f"{format_size(int(job['current'] / elapsed))}/s"
+    word = "ended" if job["cancelled"] else "completed"
+    return f"job {job['id']} {word}: {took}, {speed}; {describe_waits(job['cost'])}"
+
+
+def describe_waits(cost: "Cost") -> str:
+    """Return what a job has cost the guest in time."""
+    if cost["waited"] == 0:
+        return "no guest write waited"
+    writes = "write" if cost["waited"] == 1 else "writes"
+    longest = format_duration(cost["longest-wait"])
+    return f"{cost['waited']} guest {writes} waited, the longest {longest}"
+
+
+def describe_space(cost: "Cost") -> str:
+    """Return what a job takes to keep what the guest overwrites."""
+    return ", ".join(
+        f"{format_size(now)} {where} (peak {format_size(peak)})"
+        for where, now, peak in (
+            ("in RAM", cost["ram"], cost["ram-peak"]),
+            ("on disk", cost["disk"], cost["disk-peak"]),
+        )
+    )
+
+
+def describe_pace(job: "Job") -> str:
+    """Return how fast a job is and how long it takes, or why it does nothing."""
+    if job["status"] in ("running", "ready"):
+        left = format_time_left(job["eta"])
+        return f"{format_size(int(job['speed-now']))}/s, {left} left"
+    if job["io-status"] == "nospace":
+        return f"{job['status']}: no space in target"
+    if job["io-status"] == "failed":
+        return f"{job['status']}: I/O error"
+    return job["status"]
+
+
+# -- asking
+
+
+def _states(
+    ids: Sequence[str], is_end: "Callable[[Job], bool]", seconds: float
+) -> "Iterator[list[Job]]":
+    """Yield what the jobs are, now and then and when it changes, until the end."""
+    from fleecefs.control.client import Client, ConnectionLost
+
+    mount = choose(click.get_current_context().meta.get(MOUNT_KEY)).mount
+    heard = time.monotonic()
+    while True:
+        try:
+            with Client(choose(mount).socket) as client:
+                jobs = _ask(client, ids)
+                while True:
+                    heard = time.monotonic()
+                    yield jobs
+                    if all(map(is_end, jobs)):
+                        return
+                    _wait_change(client, ids, seconds)
+                    jobs = _ask(client, ids)
+        except ConnectionLost:
+            if time.monotonic() - heard > _LOST_SECONDS:
+                raise
+            time.sleep(_RETRY_SECONDS)
+
+
+def _ask(client: "Client", ids: Sequence[str]) -> "list[Job]":
+    return [cast("Job", client.execute("fleecefs-job-show", id=each)) for each in ids]
+
+
+def _wait_change(client: "Client", ids: Sequence[str], seconds: float) -> None:
+    """Wait until one of the jobs has another status, or the time has come."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        event = client.next_event(left)
+        if event is None or event["event"] == "JOB_STATUS_CHANGE":
+            data = cast("dict[str, object]", event["data"]) if event else {}
+            if not data or data["id"] in ids:
+                return
+
+
+# -- showing
+
+
+def _print_lines(ids: Sequence[str]) -> "list[Job]":
+    due = 0.0
+    for jobs in _states(ids, is_settled, _LINE_SECONDS):
+        if time.monotonic() >= due or all(map(is_settled, jobs)):
+            due = time.monotonic() + _LINE_SECONDS * 0.9
+            for job in jobs:
+                click.echo(json.dumps(job))
+            sys.stdout.flush()
+    return jobs
+
+
+def _draw_bars(ids: Sequence[str]) -> "list[Job]":
+    from rich.live import Live
+
+    with Live(auto_refresh=False, transient=True) as live:
+        for jobs in _states(ids, is_settled, _BAR_SECONDS):
+            live.update(_render(jobs), refresh=True)
+    return jobs
+
+
+def _render(jobs: "list[Job]") -> "RenderableType":
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    costs = []
+    for job in jobs:
+        table.add_row(
+            Text(printable(job["id"])),
+            ProgressBar(max(job["total"], 1), job["current"], width=_BAR_WIDTH),
+            Text(f"{format_size(job['current'])}/{format_size(job['total'])}"),
+            Text(describe_pace(job)),
+        )
+        cost = job["cost"]
+        costs.append(
+            Text(f"{printable(job['id'])}: {describe_waits(cost)}; ")
+            + Text(describe_space(cost), style="dim")
+        )
+    return Group(table, *costs)
