@@ -1,5 +1,9 @@
 """The two tables, cell by cell: written down a second time, in QEMU's way."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from fleecefs.errors import VerbRejected
@@ -79,3 +83,11 @@ def test_every_status_can_be_reached_and_leads_to_the_end():
         ending |= {before for before in MOVES if MOVES[before] & ending}
 
     assert reached == ending == set(JobStatus)
+
+
+def test_the_drawing_in_the_docs_is_that_of_the_tables():
+    draw = Path(__file__).parents[2] / "contrib" / "draw-jobs"
+
+    done = subprocess.run([sys.executable, draw, "--check"], check=False)
+
+    assert done.returncode == 0
