@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 # Who follows a job asks every second; a job that is gone was among the last.
 ENDED_MAX = 100
 ID_LENGTH_MAX = 255
+# Each may hang with its target.
+CREATORS_MAX = 16
 
 # Blocking; returns a job for each, all of one instant, or raises OSError and has
 # left nothing behind.
@@ -44,7 +46,10 @@ class Jobs:
         # Added before `run`.
         self._early: list[Transaction] = []
         self._nursery: trio.Nursery | None = None
-        self._creating = trio.Lock()
+        # The ids of jobs that are being created. A target may hang while it is opened:
+        # that must hold up nobody else.
+        self._reserved: set[str] = set()
+        self._creators = trio.CapacityLimiter(CREATORS_MAX)
         self._is_closing = False
         self._closing = trio.Event()
         self._closed = trio.Event()
@@ -63,12 +68,11 @@ class Jobs:
     async def close(self) -> None:
         """Cancel all jobs, and return when they have cleaned up."""
         self._is_closing = True
-        async with self._creating:
-            for job in self._jobs.values():
-                job.stop("cancelled, as the mount has ended")
-            for job in self._jobs.values():
-                if job.transaction is not None:
-                    job.transaction.give_up(job)
+        for job in self._jobs.values():
+            job.stop("cancelled, as the mount has ended")
+        for job in self._jobs.values():
+            if job.transaction is not None:
+                job.transaction.give_up(job)
         self._closing.set()
         if self._nursery is not None:
             await self._closed.wait()
@@ -89,17 +93,24 @@ class Jobs:
 
         Grouped, all of them end well or none does.
         """
-        async with self._creating:
-            if self._is_closing:
-                raise Busy("the mount is ending")
-            self._check_ids([options.job_id for options in wanted])
-            jobs = list(
-                await trio.to_thread.run_sync(self._create_backups, list(wanted))
+        ids = [options.job_id for options in wanted]
+        self._check_closing()
+        self._check_ids(ids)
+        self._reserved.update(ids)
+        try:
+            jobs = await trio.to_thread.run_sync(
+                self._create_backups,
+                list(wanted),
+                abandon_on_cancel=True,
+                limiter=self._creators,
             )
-            groups = [jobs] if grouped else [[job] for job in jobs]
-            for group in groups:
-                self.add(group)
-        return jobs
+        finally:
+            self._reserved.difference_update(ids)
+        # What they hold goes with the mount.
+        self._check_closing()
+        for group in [jobs] if grouped else [[job] for job in jobs]:
+            self.add(group)
+        return list(jobs)
 
     def add(self, group: Sequence[Job]) -> None:
         """Run jobs that exist already, as one transaction."""
@@ -129,8 +140,12 @@ class Jobs:
             return self._ended[job_id]
         return self.get(job_id).describe()
 
+    def _check_closing(self) -> None:
+        if self._is_closing:
+            raise Busy("the mount is ending")
+
     def _check_ids(self, ids: Iterable[str]) -> None:
-        seen = set(self._jobs)
+        seen = self._reserved | set(self._jobs)
         for job_id in ids:
             if job_id in seen:
                 raise NameTaken(f"a job {job_id!r} exists: give another job id")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,64 @@ async def test_failed_jobs_do_not_hold_the_end(jobs, backups):
 
         jobs.check_end()
         await jobs.close()
+
+
+class HangingBackups(FakeBackups):
+    """A target that hangs while it is opened, until told otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.opening = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, wanted):
+        if wanted[0].device == "db.raw":
+            self.opening.set()
+            assert self.opened.wait(10)
+        return super().__call__(wanted)
+
+
+@pytest.fixture
+def hanging():
+    hanging = HangingBackups()
+    yield hanging
+    hanging.opened.set()
+
+
+async def test_a_target_that_hangs_holds_up_nobody_else(heard, hanging):
+    jobs = Jobs(hanging, heard)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        async with trio.open_nursery() as starting:
+            starting.start_soon(started, jobs, of("db.raw"))
+            await trio.to_thread.run_sync(hanging.opening.wait)
+
+            await started(jobs, of())
+            with pytest.raises(NameTaken):
+                await started(jobs, of("db.raw"))
+            hanging.opened.set()
+
+        assert {job.id for job in jobs.all()} == {"web.raw", "db.raw"}
+        await jobs.close()
+
+
+async def test_a_target_that_hangs_does_not_hold_the_end(heard, hanging):
+    jobs = Jobs(hanging, heard)
+    refused = []
+
+    async def start():
+        try:
+            await started(jobs, of("db.raw"))
+        except Busy as e:
+            refused.append(str(e))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        nursery.start_soon(start)
+        await trio.to_thread.run_sync(hanging.opening.wait)
+
+        await jobs.close()
+        hanging.opened.set()
+
+    assert refused == ["the mount is ending"]
+    assert jobs.all() == []
