@@ -562,14 +562,21 @@ class Inventory:
     def _choose(self, names: Sequence[str] | None) -> list[Disk]:
         if names is None:
             return list(self.disks.values())
-        for name in names:
-            if name not in self.disks:
-                raise NotFound(
-                    f"no disk {name!r}; there are {', '.join(sorted(self.disks))}"
-                )
         if not names:
             raise NotUsable("a snapshot of no disk")
-        return [self.disks[name] for name in dict.fromkeys(names)]
+        return [self.find_disk(name) for name in dict.fromkeys(names)]
+
+    def find_disk(self, name: str) -> Disk:
+        """Return a disk by name; NotFound if there is none."""
+        if name not in self.disks:
+            raise NotFound(
+                f"no disk {name!r}; there are {', '.join(sorted(self.disks))}"
+            )
+        return self.disks[name]
+
+    def own_places(self) -> list[Path]:
+        """Return the directories that only we write to."""
+        return [self.state_path, self.runtime_path, self._store_base]
 
     def _prepare_epoch(self, disk: Disk, snapshot: SnapshotRecord) -> Epoch:
         durability = "host" if self.options.survives_host else "process"
@@ -697,7 +704,7 @@ class Inventory:
             before = list(self._state.private)
             try:
                 for options in wanted:
-                    (disk,) = self._choose([options.disk])
+                    disk = self.find_disk(options.disk)
                     disks.append(disk)
                     epochs.append(self._create_private_epoch(disk, options))
                     reached("private.prepared")

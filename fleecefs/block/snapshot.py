@@ -185,6 +185,13 @@ class Snapshot:
         tier, stop = epoch.store.locate(first, stop)
         return "none" if tier is None else tier.name, stop
 
+    def count_in_ram(self, first: int, stop: int) -> int:
+        """Return how many clusters are in the RAM tier of some epoch."""
+        with self._requests.lock:
+            chain = self._history.chain(self.epoch)
+        tiers = [tier for epoch in chain for tier in epoch.store.tiers]
+        return sum(t.bits.count(1, first, stop) for t in tiers if t.name == "ram")
+
     def preserved_runs(self, among: bitarray) -> Iterator[tuple[int, int]]:
         """Yield runs of some clusters that were preserved for this snapshot."""
         history = self._history
