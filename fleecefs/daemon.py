@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from fleecefs.block.epoch import OnCbwError
 from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.events import Events
 from fleecefs.control.server import serving
-from fleecefs.errors import Refused, Unsupported, describe
+from fleecefs.errors import Refused, describe
 from fleecefs.fuse.channel import Channel
 from fleecefs.fuse.data import DataThreads
-from fleecefs.fuse.mount import read_ahead, unmount
+from fleecefs.fuse.mount import check_outside, read_ahead, unmount
 from fleecefs.fuse.names import Names
 from fleecefs.inventory import RAM_LIMIT, Inventory, Options
+from fleecefs.jobs.backup import create_backups, resume_jobs
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.registry import Jobs
@@ -79,6 +81,7 @@ class Daemon:
             self._create_backups,
             self._events.emit,
             self._inventory.runtime_path / "jobs.json",
+            partial(resume_jobs, self._inventory),
         )
         self._data = DataThreads(self._channel, self._inventory.files)
         self._names = Names(self._inventory, self._channel.resent, self._data.opened_by)
@@ -182,7 +185,8 @@ class Daemon:
     # -- for the control socket
 
     def _create_backups(self, wanted: Sequence[BackupOptions]) -> Sequence[Job]:
-        raise Unsupported("backups are not built yet")
+        check_place = partial(check_outside, self._mountpoint, "target")
+        return create_backups(self._inventory, wanted, check_place)
 
     def _status(self) -> dict[str, Any]:
         inventory = self._inventory

@@ -1,22 +1,25 @@
 """Follow jobs to their end, also over a restart of the daemon."""
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
 from fleecefs.cli.daemons import MOUNT_KEY, choose
 from fleecefs.cli.edge import INTERRUPTED, JOB_FAILED, complain
 from fleecefs.cli.text import format_duration, format_time_left, printable
+from fleecefs.errors import NotFound
 from fleecefs.units import format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from fleecefs.control.client import Client
+    from fleecefs.control.qmp import Message
     from fleecefs.control.results import Cost, Job
 
 # How often a person sees a change, and a program gets a line.
@@ -54,7 +57,7 @@ def follow(ids: Sequence[str], as_json: bool) -> "list[Job]":
 
 def wait(ids: Sequence[str], is_end: "Callable[[Job], bool]") -> "list[Job]":
     """Return what the jobs are when all have come to that."""
-    *_, last = _states(ids, is_end, _LINE_SECONDS)
+    *_, last = Follower(ids).states(is_end, _LINE_SECONDS)
     return last
 
 
@@ -138,44 +141,96 @@ def describe_pace(job: "Job") -> str:
 # -- asking
 
 
-def _states(
-    ids: Sequence[str], is_end: "Callable[[Job], bool]", seconds: float
-) -> "Iterator[list[Job]]":
-    """Yield what the jobs are, now and then and when it changes, until the end."""
-    from fleecefs.control.client import Client, ConnectionLost
+class Follower:
+    """What is known of some jobs, from asking and from events.
 
-    mount = choose(click.get_current_context().meta.get(MOUNT_KEY)).mount
-    heard = time.monotonic()
-    while True:
-        try:
-            with Client(choose(mount).socket) as client:
-                jobs = _ask(client, ids)
-                while True:
-                    heard = time.monotonic()
-                    yield jobs
-                    if all(map(is_end, jobs)):
-                        return
-                    _wait_change(client, ids, seconds)
-                    jobs = _ask(client, ids)
-        except ConnectionLost:
-            if time.monotonic() - heard > _LOST_SECONDS:
+    Events tell the end also where the daemon goes with the job, before we can ask.
+    """
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self._ids = ids
+        self._known: dict[str, Job] = {}
+
+    def states(
+        self, is_end: "Callable[[Job], bool]", seconds: float
+    ) -> "Iterator[list[Job]]":
+        """Yield what the jobs are, now and then and when it changes, until the end."""
+        from fleecefs.control.client import Client, ConnectionLost, NoSuchDevice
+
+        mount = choose(click.get_current_context().meta.get(MOUNT_KEY)).mount
+        heard = time.monotonic()
+        while True:
+            try:
+                with Client(choose(mount).socket) as client:
+                    try:
+                        while True:
+                            jobs = self._ask(client)
+                            heard = time.monotonic()
+                            yield jobs
+                            if all(map(is_end, jobs)):
+                                return
+                            self._wait_change(client, seconds)
+                    except ConnectionLost:
+                        self._hear_rest(client)
+                        raise
+            except ConnectionLost:
+                if time.monotonic() - heard > _LOST_SECONDS:
+                    raise
+                time.sleep(_RETRY_SECONDS)
+            except NoSuchDevice:
                 raise
-            time.sleep(_RETRY_SECONDS)
-
-
-def _ask(client: "Client", ids: Sequence[str]) -> "list[Job]":
-    return [cast("Job", client.execute("fleecefs-job-show", id=each)) for each in ids]
-
-
-def _wait_change(client: "Client", ids: Sequence[str], seconds: float) -> None:
-    """Wait until one of the jobs has another status, or the time has come."""
-    deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        event = client.next_event(left)
-        if event is None or event["event"] == "JOB_STATUS_CHANGE":
-            data = cast("dict[str, object]", event["data"]) if event else {}
-            if not data or data["id"] in ids:
+            except NotFound:
+                if not self._known:
+                    raise
+                yield self._after_the_end()
                 return
+
+    def _ask(self, client: "Client") -> "list[Job]":
+        for each in self._ids:
+            answer = client.execute("fleecefs-job-show", id=each)
+            self._known[each] = cast("Job", answer)
+        return list(self._known.values())
+
+    def _wait_change(self, client: "Client", seconds: float) -> None:
+        """Wait until one of the jobs has another status, or the time has come."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            event = client.next_event(left)
+            if event is None or self._hear(event):
+                return
+
+    def _hear_rest(self, client: "Client") -> None:
+        """Hear what a daemon had to say before it ended."""
+        with contextlib.suppress(OSError):
+            while (event := client.next_event(0)) is not None:
+                self._hear(event)
+
+    def _hear(self, event: "Message") -> bool:
+        """Learn from an event; return whether a job has another status now."""
+        data = cast("dict[str, Any]", event["data"])
+        job = self._known.get(data.get("id") or data.get("device", ""))
+        if job is None:
+            return False
+        match event["event"]:
+            case "JOB_STATUS_CHANGE":
+                job["status"] = data["status"]
+                return True
+            case "BLOCK_JOB_COMPLETED":
+                job["error"] = data.get("error")
+                job["current"], job["total"] = data["offset"], data["len"]
+            case "BLOCK_JOB_CANCELLED":
+                job["cancelled"] = True
+                job["error"] = "cancelled"
+        return False
+
+    def _after_the_end(self) -> "list[Job]":
+        """Return what became of jobs whose daemon has ended, and none came after it."""
+        for job in self._known.values():
+            if not is_over(job):
+                job["status"] = "null"
+                job["cancelled"] = True
+                job["error"] = "cancelled, as the mount has ended"
+        return list(self._known.values())
 
 
 # -- showing
@@ -183,7 +238,7 @@ def _wait_change(client: "Client", ids: Sequence[str], seconds: float) -> None:
 
 def _print_lines(ids: Sequence[str]) -> "list[Job]":
     due = 0.0
-    for jobs in _states(ids, is_settled, _LINE_SECONDS):
+    for jobs in Follower(ids).states(is_settled, _LINE_SECONDS):
         if time.monotonic() >= due or all(map(is_settled, jobs)):
             due = time.monotonic() + _LINE_SECONDS * 0.9
             for job in jobs:
@@ -196,7 +251,7 @@ def _draw_bars(ids: Sequence[str]) -> "list[Job]":
     from rich.live import Live
 
     with Live(auto_refresh=False, transient=True) as live:
-        for jobs in _states(ids, is_settled, _BAR_SECONDS):
+        for jobs in Follower(ids).states(is_settled, _BAR_SECONDS):
             live.update(_render(jobs), refresh=True)
     return jobs
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from fleecefs.control.qmp import Message, QmpError
 
+Handler = Callable[..., Awaitable[object]]
+
 
 class Argument(NamedTuple):
     """What one parameter of a command takes."""
@@ -22,7 +24,7 @@ class Argument(NamedTuple):
 class Command(NamedTuple):
     """A handler, called with the arguments by name once they have been checked."""
 
-    handler: Callable[..., Awaitable[object]]
+    handler: Handler
     arguments: dict[str, Argument]
 
 

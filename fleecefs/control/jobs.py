@@ -4,7 +4,7 @@ QEMU's block-job-pause, -resume, -complete, -dismiss and -finalize are left out:
 deprecated them in favour of job-*.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from fleecefs.control.arguments import (
     OBJECTS,
     STRING,
     Command,
+    Handler,
     check_arguments,
     one_of,
     optional,
@@ -60,7 +61,7 @@ class JobCommands:
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
         of_job = {"id": STRING}
-        self.table = {
+        table = {
             BACKUP: Command(self._backup, BACKUP_ARGUMENTS),
             "transaction": Command(
                 self._transaction,
@@ -82,6 +83,10 @@ class JobCommands:
             ),
             "fleecefs-job-list": Command(self._list, {}),
             "fleecefs-job-show": Command(self._show, of_job),
+        }
+        self.table = {
+            name: command._replace(handler=self._when_resumed(command.handler))
+            for name, command in table.items()
         }
 
     async def _backup(self, **arguments: object) -> Message:
@@ -121,7 +126,16 @@ class JobCommands:
         job.cancel()
         return {}
 
-    def _telling(self, verb: Callable[[Job], None]) -> Callable[..., Awaitable[object]]:
+    def _when_resumed(self, handler: Handler) -> Handler:
+        """Return a handler that is about all jobs, also those that go on."""
+
+        async def waiting(**arguments: object) -> object:
+            await self._jobs.wait_resumed()
+            return await handler(**arguments)
+
+        return waiting
+
+    def _telling(self, verb: Callable[[Job], None]) -> Handler:
         """Return a handler that tells a job something."""
 
         async def handler(id: str) -> Message:

@@ -22,19 +22,35 @@ ENDED_MAX = 100
 ID_LENGTH_MAX = 255
 # Each may hang with its target.
 CREATORS_MAX = 16
+# A client waits a minute for an answer, and this is a better one than none.
+RESUME_SECONDS = 30.0
 
 # Blocking; returns a job for each, all of one instant, or raises OSError and has
 # left nothing behind.
 CreateBackups = Callable[[Sequence[BackupOptions]], Sequence[Job]]
 
 
+# Blocking; returns the jobs of the daemon before us that go on, by transaction.
+Resume = Callable[[], Sequence[Sequence[Job]]]
+
+
 class Jobs:
-    """Jobs live here from their creation until they are dismissed. In trio only."""
+    """Jobs live here from their creation until they are dismissed. In trio only.
+
+    Those of the daemon before us are resumed when `run` begins. Their targets may hang,
+    so nobody who serves the guest waits for that; who asks about jobs does, with
+    `wait_resumed`.
+    """
 
     def __init__(
-        self, create_backups: CreateBackups, emit: Emit, ended_path: Path | None = None
+        self,
+        create_backups: CreateBackups,
+        emit: Emit,
+        ended_path: Path | None = None,
+        resume: Resume = tuple,
     ) -> None:
         self._create_backups = create_backups
+        self._resume = resume
         self._emit = emit
         # For the next daemon: who follows a job asks it.
         self._ended_path = ended_path
@@ -46,6 +62,8 @@ class Jobs:
         # Added before `run`.
         self._early: list[Transaction] = []
         self._nursery: trio.Nursery | None = None
+        self._resuming = trio.CancelScope()
+        self._resumed = trio.Event()
         # The ids of jobs that are being created. A target may hang while it is opened:
         # that must hold up nobody else.
         self._reserved: set[str] = set()
@@ -61,13 +79,22 @@ class Jobs:
                 self._nursery = nursery
                 for transaction in self._early:
                     nursery.start_soon(transaction.run)
+                await self._resume_jobs()
                 await self._closing.wait()
         finally:
             self._closed.set()
 
+    async def wait_resumed(self) -> None:
+        """Wait until the jobs of the daemon before us are there; Busy if they hang."""
+        with trio.move_on_after(RESUME_SECONDS):
+            await self._resumed.wait()
+        if not self._resumed.is_set():
+            raise Busy("jobs of the daemon before are still being resumed: try again")
+
     async def close(self) -> None:
         """Cancel all jobs, and return when they have cleaned up."""
         self._is_closing = True
+        self._resuming.cancel()
         for job in self._jobs.values():
             job.stop("cancelled, as the mount has ended")
         for job in self._jobs.values():
@@ -139,6 +166,15 @@ class Jobs:
         if job_id not in self._jobs and job_id in self._ended:
             return self._ended[job_id]
         return self.get(job_id).describe()
+
+    async def _resume_jobs(self) -> None:
+        with self._resuming:
+            groups = await trio.to_thread.run_sync(
+                self._resume, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
+            for group in groups:
+                self.add(group)
+        self._resumed.set()
 
     def _check_closing(self) -> None:
         if self._is_closing:

@@ -256,7 +256,7 @@ async def test_a_busy_mount_names_its_users(tmp_path):
     daemon = FakeDaemon(tmp_path / "control")
     daemon.users = "qemu (17)"
     lifecycle = Lifecycle(daemon.status, daemon.umount, daemon.restart)
-    commands = Commands(daemon.inventory, daemon.jobs, lifecycle)
+    commands = Commands(daemon.inventory, new_jobs()[0], lifecycle)
 
     found = await error_of(commands, "fleecefs-umount")
 

@@ -10,6 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from fleecefs.errors import BadName, Busy, NameTaken, NotFound
+from fleecefs.jobs import registry
 from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.registry import ENDED_MAX, Jobs
 from fleecefs.jobs.status import JobStatus
@@ -223,6 +224,44 @@ async def test_jobs_of_the_daemon_before_run_when_we_do(jobs, backups):
         await jobs.close()
 
     assert job.steps == ["work", "prepare", "commit", "clean"]
+
+
+async def test_jobs_of_the_daemon_before_are_waited_for(backups, heard):
+    going_on = threading.Event()
+
+    def resume():
+        assert going_on.wait(10)
+        return [[FakeBackup("web.raw"), FakeBackup("db.raw")], [FakeBackup("x")]]
+
+    jobs = Jobs(backups, heard, resume=resume)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        nursery.start_soon(trio.to_thread.run_sync, going_on.set)
+
+        await jobs.wait_resumed()
+        jobs.get("db.raw").cancel()
+        while not jobs.get("web.raw").is_cancelled:
+            await trio.sleep(0)
+
+        assert not jobs.get("x").is_cancelled
+        await jobs.close()
+
+
+async def test_targets_that_hang_in_resuming_hold_nobody_for_ever(
+    backups, heard, monkeypatch
+):
+    monkeypatch.setattr(registry, "RESUME_SECONDS", 0.01)
+    hanging = threading.Event()
+    jobs = Jobs(backups, heard, resume=lambda: hanging.wait(10) and [])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        await wait_all_tasks_blocked()
+
+        with pytest.raises(Busy, match="try again"):
+            await jobs.wait_resumed()
+
+        await jobs.close()
+        hanging.set()
 
 
 async def test_close_cancels_and_waits_until_all_is_clean(jobs, heard):
