@@ -47,9 +47,12 @@ def check_outside(mountpoint: str, what: str, path: str) -> None:
     where = os.stat(mountpoint)
     real = Path(os.path.realpath(path))
     for part in (real, *real.parents):
-        with contextlib.suppress(OSError):  # it may have to be made yet
-            if os.path.samestat(part.stat(), where):
-                raise _on_itself(what, path, mountpoint)
+        try:
+            found = part.stat()
+        except OSError:
+            continue  # it has to be made yet
+        if os.path.samestat(found, where):
+            raise _on_itself(what, path, mountpoint)
     # Nor on a loop device of a file there, which a mount before this one has left.
     for image in _loop_files(real):
         if _is_inside(image, mountpoint):
