@@ -100,7 +100,7 @@ class Daemon:
         commands = Commands(
             inventory,
             self._jobs,
-            Lifecycle(self._status, self._umount, self._restart),
+            Lifecycle(self._status, self._umount_on_request, self._restart),
         )
         control = str(runtime.control_socket(inventory.runtime_path))
         async with serving(control, commands, self._events):
@@ -166,10 +166,18 @@ class Daemon:
         log.info("ending for the next daemon")
         os._exit(RESTART)
 
+    async def _umount_on_request(self, force: bool) -> None:
+        """Unmount, but not from under a job that people may have forgotten.
+
+        A signal cancels jobs: after it comes a kill.
+        """
+        if not force:
+            self._jobs.check_end()
+        await self._umount(force)
+
     async def _umount(self, force: bool) -> None:
         """Unmount; the data threads end when the kernel tells them."""
         if not force:
-            self._jobs.check_end()
             await trio.to_thread.run_sync(self._inventory.check_end)
         await trio.to_thread.run_sync(lambda: unmount(self._mountpoint, lazy=force))
         reached("end.unmounted")

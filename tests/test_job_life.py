@@ -195,6 +195,29 @@ def test_a_mount_with_a_job_is_not_unmounted_unless_forced(mount, target):
     assert not target.exists()
 
 
+def test_a_signal_to_end_cancels_jobs(mount, target):
+    with following(mount, "backup", "web.raw", target, SLOW) as follower:
+        os.kill(mount.keeper_pid, signal.SIGTERM)
+        wait_until(lambda: not mount.is_mounted, "the end")
+        code, _, text = ended(follower)
+
+    assert code == 4
+    assert text.startswith("job web.raw was cancelled")
+    assert not target.exists()
+
+
+@pytest.mark.logs("not ended: ")
+def test_a_signal_leaves_jobs_of_a_mount_in_use(mount, target):
+    output_of(mount, "backup", "web.raw", target, SLOW, "--detach")
+    with open(mount.live("web.raw"), "rb"):
+        os.kill(mount.keeper_pid, signal.SIGTERM)
+        wait_until(lambda: "not ended" in mount.read_log(), "a refusal")
+        assert job_of(mount)["status"] == "running"
+
+    output_of(mount, "job", "cancel", "web.raw")
+    assert error_of(mount, "job", "wait", "web.raw")[0] == 4
+
+
 def test_ctrl_c_leaves_the_job(mount, target):
     with following(mount, "backup", "web.raw", target, SLOW) as follower:
         follower.send_signal(signal.SIGINT)
