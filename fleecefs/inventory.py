@@ -35,7 +35,7 @@ from fleecefs.block.raw import RawImage
 from fleecefs.block.requests import Requests
 from fleecefs.block.snapshot import Snapshot
 from fleecefs.block.store import Budget
-from fleecefs.errors import NameTaken, NoSpace, NotFound, NotUsable, describe
+from fleecefs.errors import Busy, NameTaken, NoSpace, NotFound, NotUsable, describe
 from fleecefs.killpoint import reached
 from fleecefs.state import runtime
 from fleecefs.state.directory import (
@@ -155,6 +155,7 @@ class Inventory:
         self._end = _end_before(state)
         self._emit = emit
         self._control = threading.Lock()
+        self._has_closed = False
         self._sources: dict[UUID, RawImage] = {}
         self._epoch_files: dict[Epoch, EpochFiles] = {}
         # Snapshots that broke under a guest's write; None ends the thread.
@@ -426,6 +427,7 @@ class Inventory:
         self._broken.put(None)
         self._recorder.join()
         with self._control:
+            self._has_closed = True
             # Whose jobs have not ended: they do not go on.
             for private in list(self.private.values()):
                 self._drop_private(private)
@@ -698,6 +700,8 @@ class Inventory:
         Over a crash of the daemon a snapshot is kept if its job is (jobs/KEY.json).
         """
         with self._control:
+            if self._has_closed:
+                raise Busy("the mount is ending")
             disks: list[Disk] = []
             epochs: list[Epoch] = []
             records: list[PrivateRecord] = []
@@ -776,7 +780,7 @@ class Inventory:
     def delete_private(self, private: PrivateSnapshot) -> None:
         """Delete a private snapshot; no-op if that has been done."""
         with self._control:
-            if private.record.key not in self.private:
+            if self._has_closed or private.record.key not in self.private:
                 return
             self._drop_private(private)
             self._save_gone()

@@ -170,9 +170,10 @@ class Todo:
         self._urgent_seconds = min(bound, max(-bound, self._urgent_seconds + change))
 
     def _claim_preserved(self, *, also_on_disk: bool = False) -> Chunk | None:
-        if self._has_forgotten and not self._preserved:
-            self._look_for_preserved()
-        while self._preserved:
+        while self.is_noted:
+            if not self._preserved:
+                self._look_for_preserved()
+                continue
             noted, noted_stop = self._preserved.popleft()
             first = self.left.find(1, noted, noted_stop)
             if first < 0:
@@ -192,7 +193,9 @@ class Todo:
 
         Many small chunks take longer than one large chunk.
         """
-        if self._sync is Sync.NONE:
+        # Beyond the survey there may be holes.
+        limit = min(limit, self.surveyed)
+        if self._sync is Sync.NONE or limit <= stop:
             return stop
         limit = next_clear(self.left, first, limit)
         dense = _DENSE * self._snapshot.count_in_ram(first, limit) >= limit - first
