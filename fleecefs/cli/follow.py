@@ -262,18 +262,16 @@ def _render(jobs: "list[Job]") -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 1))
-    costs = []
+    parts: list[RenderableType] = []
     for job in jobs:
-        table.add_row(
+        row = Table.grid(padding=(0, 1))
+        row.add_column(min_width=max(len(each["id"]) for each in jobs))
+        row.add_row(
             Text(printable(job["id"])),
             ProgressBar(max(job["total"], 1), job["current"], width=_BAR_WIDTH),
             Text(f"{format_size(job['current'])}/{format_size(job['total'])}"),
             Text(describe_pace(job)),
         )
-        cost = job["cost"]
-        costs.append(
-            Text(f"{printable(job['id'])}: {describe_waits(cost)}; ")
-            + Text(describe_space(cost), style="dim")
-        )
-    return Group(table, *costs)
+        kept = f"  kept {describe_space(job['cost'])}"
+        parts += [row, Text(f"  {describe_waits(job['cost'])}"), Text(kept)]
+    return Group(*parts)
