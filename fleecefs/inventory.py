@@ -635,7 +635,7 @@ class Inventory:
                 self._collect(disk)
             else:
                 epoch.drop()
-                del self._epoch_files[epoch]
+                self._epoch_files.pop(epoch, None)
         self._save_gone()
 
     def _add_group(self, record: SnapshotRecord) -> SnapshotGroup:
@@ -700,8 +700,7 @@ class Inventory:
         Over a crash of the daemon a snapshot is kept if its job is (jobs/KEY.json).
         """
         with self._control:
-            if self._has_closed:
-                raise Busy("the mount is ending")
+            self.check_open()
             disks: list[Disk] = []
             epochs: list[Epoch] = []
             records: list[PrivateRecord] = []
@@ -730,6 +729,11 @@ class Inventory:
                 self._undo_epochs(disks, epochs)
                 raise
             return [self._add_private(record) for record in records]
+
+    def check_open(self) -> None:
+        """Raise Busy once the end has begun."""
+        if self._has_closed:
+            raise Busy("the mount is ending")
 
     def _create_private_epoch(self, disk: Disk, options: PrivateOptions) -> Epoch:
         # What writes preserve from now on may be needed by older snapshots too.

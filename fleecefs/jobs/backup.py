@@ -126,6 +126,8 @@ class BackupJob(Job):
         self._inventory = inventory
         self._record = record
         self._has_cleaned = False
+        # The ids of those it ends with, until its transaction knows.
+        self.group = [self.id]
         # None once it has been let go of.
         self._private: PrivateSnapshot | None = private
         self._target = target
@@ -249,7 +251,8 @@ class BackupJob(Job):
     def save(self) -> None:
         if self._has_cleaned:
             return
-        group = () if self.transaction is None else self.transaction.jobs
+        if self.transaction is not None:
+            self.group = [job.id for job in self.transaction.jobs]
         self._record.save(
             {
                 "speed": self.limit.speed,
@@ -257,7 +260,7 @@ class BackupJob(Job):
                 "restarts": self.restarts,
                 "error": self.error,
                 "cancelled": self.is_cancelled,
-                "group": [job.id for job in group],
+                "group": self.group,
                 "io-status": self.io_status,
             }
         )
@@ -279,6 +282,7 @@ class BackupJob(Job):
     def go_on(self, now: dict[str, Any]) -> None:
         """Be as the job of the daemon before was, before anything runs."""
         self.restarts = int(now.get("restarts", 0)) + 1
+        self.group = [str(job_id) for job_id in now.get("group", self.group)]
         self.limit.speed = int(now.get("speed", self.limit.speed))
         self.io_status = str(now.get("io-status", self.io_status))
         if now.get("error"):
@@ -287,6 +291,7 @@ class BackupJob(Job):
             self.is_cancelled = bool(now.get("cancelled"))
         elif now.get("user-paused"):
             self.pause()
+        self.save()
 
 
 def _cost_of(private: PrivateSnapshot) -> dict[str, Any]:
@@ -326,6 +331,7 @@ def create_backups(
 
     `check_place` raises NotUsable for a path that leads to our own mount.
     """
+    inventory.check_open()
     for options in wanted:
         _check_options(options)
         inventory.find_disk(options.device)
@@ -415,7 +421,6 @@ def resume_jobs(inventory: Inventory) -> list[list[BackupJob]]:
     groups: dict[tuple[str, ...], list[BackupJob]] = {}
     for path in (inventory.state_path / "jobs").glob("*.json"):
         record = Record(inventory, path.stem)
-        ids = tuple(record.now().get("group", ()))
         try:
             job = _resume(inventory, record)
         except (NotUsable, KeyError, ValueError, TypeError) as e:
@@ -427,7 +432,7 @@ def resume_jobs(inventory: Inventory) -> list[list[BackupJob]]:
             if private is not None:
                 inventory.delete_private(private)
             continue
-        groups.setdefault(ids or (job.id,), []).append(job)
+        groups.setdefault(tuple(job.group), []).append(job)
     for jobs in groups.values():
         jobs.sort(key=lambda job: job.created)
     return sorted(groups.values(), key=lambda jobs: jobs[0].created)

@@ -15,7 +15,7 @@ from pathlib import Path
 from fleecefs.block.bitmap import sync_directory
 from fleecefs.block.image import Image
 from fleecefs.block.raw import RawImage, lock_whole
-from fleecefs.errors import Busy, NotFound, NotUsable, Unsupported, describe
+from fleecefs.errors import Busy, Error, NotFound, NotUsable, Unsupported
 from fleecefs.units import MiB, format_size
 
 _ZEROES = bytes(1 * MiB)
@@ -45,6 +45,8 @@ class Target:
         self.is_new = is_new
         self.is_blank = is_blank
         self._image = image
+        # What has a descriptor of its own.
+        self._file = image if isinstance(image, RawImage) else None
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of it, or raise: written twice, it is the same."""
@@ -73,7 +75,7 @@ class Target:
 
     def empty(self) -> None:
         """Drop what an existing file holds, if it can have holes."""
-        if self.is_blank or not self._is_file:
+        if self.is_blank or self._is_device:
             return
         with contextlib.suppress(Unsupported):
             self._image.discard(self.size, 0)
@@ -81,36 +83,34 @@ class Target:
 
     def clone(self, source: Image, length: int, offset: int) -> bool:
         """Let the file system share a range of the source; False if it does not."""
-        if not isinstance(self._image, RawImage) or not isinstance(source, RawImage):
+        if self._file is None or not isinstance(source, RawImage):
             return False
         what = _CLONE_RANGE.pack(source.fd, offset, length, offset)
         try:
-            fcntl.ioctl(self._image.fd, _FICLONERANGE, what)
+            fcntl.ioctl(self._file.fd, _FICLONERANGE, what)
         except OSError:
             return False
         return True
 
     @property
-    def _is_file(self) -> bool:
-        if not isinstance(self._image, RawImage):
-            return True
-        return stat.S_ISREG(self._image.status().st_mode)
+    def _is_device(self) -> bool:
+        return self._file is not None and stat.S_ISBLK(self._file.status().st_mode)
 
     def flush(self) -> None:
         """Make everything durable: data, size, and the name."""
         self._image.flush()
-        if isinstance(self._image, RawImage):
-            os.fsync(self._image.fd)
-        if self.path is not None and self._is_file:
+        if self._file is None or self.path is None:
+            return
+        os.fsync(self._file.fd)
+        if not self._is_device:
             sync_directory(self.path.resolve().parent)
 
     def remove(self) -> None:
         """Remove the file if the job has made it, and it still is at its place."""
-        if not self.is_new or self.path is None:
+        if not self.is_new or self.path is None or self._file is None:
             return
-        assert isinstance(self._image, RawImage)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(self.path.stat(), self._image.status()):
+            if os.path.samestat(self.path.stat(), self._file.status()):
                 self.path.unlink()
                 sync_directory(self.path.parent)
 
@@ -178,7 +178,7 @@ def open_target(path: Path, size: int, surroundings: Surroundings) -> Target:
             return _create(path, size)
         surroundings.check_status(path, found)
         return _open(path, size, found)
-    except (NotUsable, NotFound, Busy):
+    except Error:
         raise
     except OSError as e:
         raise OSError(e.errno, f"target {path}: {e.strerror}") from None
@@ -188,10 +188,10 @@ def reopen_target(path: Path, size: int, *, is_new: bool) -> Target:
     """Open a target again, for a job that goes on; it may hold anything by now."""
     try:
         target = _open(path, size, path.stat())
-    except NotUsable:
+    except Error:
         raise
     except OSError as e:
-        raise OSError(e.errno, f"target {path}: {describe(e)}") from None
+        raise OSError(e.errno, f"target {path}: {e.strerror}") from None
     target.is_new = is_new
     return target
 
