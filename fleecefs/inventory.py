@@ -81,13 +81,14 @@ class Options:
 class PrivateOptions:
     """A private snapshot of a disk. `key` names what keeps it over a crash, jobs/KEY.
 
-    What is None is as the mount has it.
+    What is None is as the mount has it. `has_holes`: holes are told from zeroes.
     """
 
     disk: str
     key: str
     on_cbw_error: OnCbwError | None = None
     cbw_timeout: float | None = None
+    has_holes: bool = False
 
 
 class PrivateSnapshot:
@@ -393,6 +394,7 @@ class Inventory:
                 epoch = gone(entry.number, reason, files.remove)
             if isinstance(file, PrivateRecord):
                 epoch.timeout = file.cbw_timeout
+                epoch.has_holes = file.has_holes
             if file is None:
                 epoch.lost = epoch.lost or "deleted"
             else:
@@ -747,6 +749,7 @@ class Inventory:
         epoch.timeout = options.cbw_timeout
         if epoch.timeout is None:
             epoch.timeout = self.options.cbw_timeout
+        epoch.has_holes = options.has_holes
         return epoch
 
     def _private_record(self, disk: Disk, epoch: Epoch, key: str) -> PrivateRecord:
@@ -759,6 +762,7 @@ class Inventory:
             allocated=disk.allocated(),
             on_cbw_error=epoch.on_cbw_error.value,
             cbw_timeout=float(epoch.timeout),
+            has_holes=epoch.has_holes,
         )
 
     def _add_private(self, record: PrivateRecord) -> PrivateSnapshot:

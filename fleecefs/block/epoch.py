@@ -60,6 +60,7 @@ class Epoch:
     denied     clusters whose access was given up by a discard on the snapshot
     lost       why its snapshot can not be read any more; None while it is good
     timeout    for how long writes try to preserve for it; None is the mount's time
+    has_holes  zeroes and holes are different things to its reader
     counters   WAITS: writes that had to copy or wait; LONGEST: of these, in ns
     """
 
@@ -86,6 +87,7 @@ class Epoch:
         self.denied: bitarray | None = None
         self.lost = lost
         self.timeout = timeout
+        self.has_holes = False
         self.counters = [0, 0] if counters is None else counters
         self.make_denied = make_denied or self._denied_in_memory
         # Makes preserved clusters [first, stop) as durable as the epoch has to be.
@@ -149,6 +151,7 @@ class History:
         self.newest: Epoch | None = None
         self.copied = 0
         self._timeout_default = timeout
+        self._has_holes = False
         self._shift = cluster_size.bit_length() - 1
         self._copy_clusters_max = max(1, COPY_SIZE_MAX >> self._shift)
         self._garbage: list[Callable[[], None]] = []
@@ -254,13 +257,21 @@ class History:
             if copy.abandoned:
                 return
             reached("copy.read")
-            newest.store.put(data, first)
+            if self._has_holes:
+                newest.store.put(data, first, self._is_hole)
+            else:
+                newest.store.put(data, first)
             reached("copy.stored")
             self.copied += length
             found = newest.preserved.find(0, end, stop)
             first = found if found >= 0 else stop
         if newest is not None:
             newest.commit(copy.first, copy.stop)
+
+    def _is_hole(self, cluster: int) -> bool:
+        offset = cluster << self._shift
+        end = min(offset + self.cluster_size, self.source.size)
+        return self.source.find_data(offset) >= end
 
     def has_late(self, now: float) -> bool:
         """Tell whether `expire` has something to do."""
@@ -383,7 +394,7 @@ class History:
         with self.requests.lock:
             self.epochs.append(epoch)
             self.newest = epoch
-            self._set_timeout()
+            self._adapt()
 
     def retire(self, epoch: Epoch, reason: str) -> None:
         """End a snapshot: its readers get EIO, its data goes unless others need it."""
@@ -408,20 +419,18 @@ class History:
                 if epoch.lost is None and epoch.denied is not None:
                     free = self._shed(epoch, 0, len(epoch.preserved))
                     self._garbage.append(free)
-            self._set_timeout()
+            self._adapt()
 
-    def _set_timeout(self) -> None:
-        """Let writes try for as long as the most patient snapshot asks for."""
+    def _adapt(self) -> None:
+        """Let writes do as the most patient and the most exact snapshot wants."""
         default = self._timeout_default
-        times = [
-            default if epoch.timeout is None else epoch.timeout
-            for epoch in self.epochs
-            if epoch.lost is None
-        ]
+        good = [epoch for epoch in self.epochs if epoch.lost is None]
+        times = [default if e.timeout is None else e.timeout for e in good]
         self.timeout = max(times, default=default)
+        self._has_holes = any(epoch.has_holes for epoch in good)
 
     def _retire(self, epoch: Epoch) -> None:
-        self._set_timeout()
+        self._adapt()
         index = self.epochs.index(epoch)
         if all(older.lost is not None for older in self.epochs[:index]):
             self._drop_until_good(index)

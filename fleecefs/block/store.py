@@ -167,20 +167,29 @@ class Store:
         self._zeroes = bytes(cluster_size)
         self._remove = remove
 
-    def put(self, data: bytes, first: int) -> None:
-        """Keep whole clusters from `first` on; those that are zeroes cost nothing."""
+    def put(
+        self,
+        data: bytes,
+        first: int,
+        is_hole: Callable[[int], bool] = lambda cluster: True,
+    ) -> None:
+        """Keep whole clusters from `first` on; those that are zeroes cost nothing.
+
+        But zeroes are kept as data where `is_hole` says so of a cluster.
+        """
         size, zeroes = self._cluster_size, self._zeroes
         count = -(-len(data) // size)
         if count == 1:
-            if data != zeroes[: len(data)]:
+            if data != zeroes[: len(data)] or not is_hole(first):
                 self._put(data, first, first + 1)
             return
         # Runs of clusters that are all zeroes or all not.
         start = 0
-        start_is_zero = data.startswith(zeroes)
+        start_is_zero = data.startswith(zeroes) and is_hole(first)
         for index in range(1, count):
             at = index * size
             is_zero = data.startswith(zeroes[: len(data) - at], at)
+            is_zero = is_zero and is_hole(first + index)
             if is_zero != start_is_zero:
                 if not start_is_zero:
                     self._put(data[start * size : at], first + start, first + index)

@@ -357,6 +357,7 @@ def create_backups(
                     record.key,
                     options.on_cbw_error,
                     options.cbw_timeout,
+                    has_holes=options.sync is Sync.TOP,
                 )
                 for options, record in zip(wanted, records, strict=True)
             ]

@@ -95,6 +95,7 @@ class PrivateRecord:
     allocated: int
     on_cbw_error: str
     cbw_timeout: float
+    has_holes: bool
     lost: str | None = None
     is_created: bool = False
 

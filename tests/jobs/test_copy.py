@@ -360,12 +360,15 @@ async def test_top_is_of_the_instant():
     source.pwrite(clusters("a"), 2 * CLUSTER)
     disk = make_disk(source=source)
     job = CopyJob(disk, MemoryImage(disk.size, clusters("oooooooo")), sync=Sync.TOP)
+    source.pwrite(bytes(CLUSTER), 6 * CLUSTER)
     disk.discard(CLUSTER, 2 * CLUSTER)
-    disk.write(clusters("b"), 7 * CLUSTER)
+    take_snapshot(disk)
+    disk.write(clusters("bb"), 6 * CLUSTER)
 
     await job.live()
 
-    assert letters(job.result) == "ooaooooo"
+    # One was zeroes and one was a hole: what overwrites them knows.
+    assert letters(job.result) == "ooaooo.o"
 
 
 async def test_none_copies_what_is_overwritten_and_never_ends():

@@ -55,6 +55,8 @@ class CopyJob(Job):
         self.workers = workers
         self.is_urgent = is_urgent
         self.snapshot = snapshot or take_private(disk, *tiers_of(disk))
+        self.snapshot.epoch.has_holes = sync is Sync.TOP
+        disk.history._adapt()
         self.image = MemoryImage(disk.size) if target is None else target
         is_blank = target is None if is_blank is None else is_blank
         self.target = Target(self.image, is_blank=is_blank)
