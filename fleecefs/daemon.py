@@ -14,7 +14,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ from fleecefs.control.server import serving
 from fleecefs.errors import Refused, describe
 from fleecefs.fuse.channel import Channel
 from fleecefs.fuse.data import DataThreads
-from fleecefs.fuse.mount import read_ahead, unmount
+from fleecefs.fuse.mount import check_no_loop, check_outside, read_ahead, unmount
 from fleecefs.fuse.names import Names
 from fleecefs.inventory import RAM_LIMIT, Inventory, Options
+from fleecefs.jobs.backup import create_backups, resume_jobs
+from fleecefs.jobs.job import Job
+from fleecefs.jobs.options import BackupOptions
+from fleecefs.jobs.registry import Jobs
 from fleecefs.killpoint import reached
 from fleecefs.state import runtime
 
@@ -60,6 +65,7 @@ class Daemon:
         self._started = time.time()
         self._events = Events()
         self._ended = trio.Event()
+        self._is_restarting = False
         self._inventory = Inventory.open(
             Path(settings["state"]),
             {disk["name"]: Path(disk["source"]) for disk in settings["disks"]},
@@ -73,6 +79,12 @@ class Daemon:
             is_first=self._generation == 0,
         )
         self._inventory.invalidate = self._channel.invalidate
+        self._jobs = Jobs(
+            self._create_backups,
+            self._events.emit,
+            self._inventory.runtime_path / "jobs.json",
+            partial(resume_jobs, self._inventory),
+        )
         self._data = DataThreads(self._channel, self._inventory.files)
         self._names = Names(self._inventory, self._channel.resent, self._data.opened_by)
 
@@ -92,7 +104,9 @@ class Daemon:
         inventory = self._inventory
         self._events.start(trio.lowlevel.current_trio_token())
         commands = Commands(
-            inventory, Lifecycle(self._status, self._umount, self._restart)
+            inventory,
+            self._jobs,
+            Lifecycle(self._status, self._umount_on_request, self._restart),
         )
         control = str(runtime.control_socket(inventory.runtime_path))
         async with serving(control, commands, self._events):
@@ -101,11 +115,16 @@ class Daemon:
                 nursery.start_soon(self._obey_signals)
                 nursery.start_soon(_run_in_thread, self._channel.relay_answers)
                 nursery.start_soon(self._tell_ready, report)
+                nursery.start_soon(self._jobs.run)
                 if self._generation > 0:
                     self._channel.resend()
                     reached("start.resent")
                 await _run_in_thread(self._data.run)
+                if self._is_restarting:
+                    # Jobs go on in the next daemon: they are not to be cancelled.
+                    await trio.sleep_forever()
                 self._ended.set()
+                await self._jobs.close()
                 self._names.end()
                 self._channel.close_names()
                 nursery.cancel_scope.cancel()
@@ -155,10 +174,20 @@ class Daemon:
             raise Refused("this kernel can not send requests again: Linux 6.9 can")
         # The inventory first: when the data threads end, `_serve` would close it.
         await trio.to_thread.run_sync(self._inventory.stop)
+        self._is_restarting = True
         await trio.to_thread.run_sync(self._data.stop)
         reached("restart.stopped")
         log.info("ending for the next daemon")
         os._exit(RESTART)
+
+    async def _umount_on_request(self, force: bool) -> None:
+        """Unmount, but not from under a job that people may have forgotten.
+
+        A signal cancels jobs: after it comes a kill.
+        """
+        if not force:
+            self._jobs.check_end()
+        await self._umount(force)
 
     async def _umount(self, force: bool) -> None:
         """Unmount; the data threads end when the kernel tells them."""
@@ -176,6 +205,13 @@ class Daemon:
             await trio.to_thread.run_sync(self._data.stop)
 
     # -- for the control socket
+
+    def _create_backups(self, wanted: Sequence[BackupOptions]) -> Sequence[Job]:
+        return create_backups(self._inventory, wanted, self._check_target)
+
+    def _check_target(self, path: str) -> None:
+        check_outside(self._mountpoint, "target", path)
+        check_no_loop(self._mountpoint, "target", path)
 
     def _status(self) -> dict[str, Any]:
         inventory = self._inventory

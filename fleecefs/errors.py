@@ -57,6 +57,12 @@ class Refused(Error):
     code = errno.EPERM
 
 
+class VerbRejected(Error):
+    """The job is in a status that does not accept the verb."""
+
+    code = errno.EPERM
+
+
 class ReadOnly(Error):
     """A write to a snapshot."""
 

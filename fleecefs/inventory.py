@@ -36,12 +36,13 @@ from fleecefs.block.raw import RawImage
 from fleecefs.block.requests import Requests
 from fleecefs.block.snapshot import Snapshot
 from fleecefs.block.store import Budget
-from fleecefs.errors import NameTaken, NoSpace, NotFound, NotUsable, describe
+from fleecefs.errors import Busy, NameTaken, NoSpace, NotFound, NotUsable, describe
 from fleecefs.killpoint import reached
 from fleecefs.state import runtime
 from fleecefs.state.directory import (
     DiskRecord,
     EpochRecord,
+    PrivateRecord,
     SnapshotFileRecord,
     SnapshotRecord,
     State,
@@ -75,6 +76,36 @@ class Options:
     cbw_timeout: float = 10.0
     cluster_size: int | None = None
     survives_host: bool = False
+
+
+@dataclass(frozen=True)
+class PrivateOptions:
+    """A private snapshot of a disk. `key` names what keeps it over a crash, jobs/KEY.
+
+    What is None is as the mount has it. `has_holes`: holes are told from zeroes.
+    """
+
+    disk: str
+    key: str
+    on_cbw_error: OnCbwError | None = None
+    cbw_timeout: float | None = None
+    has_holes: bool = False
+
+
+class PrivateSnapshot:
+    """A snapshot of one disk that only a job sees, and what it holds of the tiers.
+
+    `broke` is called, in any thread, with the reason when it breaks.
+    """
+
+    def __init__(
+        self, record: PrivateRecord, disk: Disk, snapshot: Snapshot, budgets: Budgets
+    ) -> None:
+        self.record = record
+        self.disk = disk
+        self.snapshot = snapshot
+        self.budgets = budgets
+        self.broke: Callable[[str], None] = lambda reason: None
 
 
 class SnapshotGroup:
@@ -115,6 +146,7 @@ class Inventory:
         self.disks: dict[str, Disk] = {}
         self.inodes: dict[str, int] = {}
         self.snapshots: dict[str, SnapshotGroup] = {}
+        self.private: dict[str, PrivateSnapshot] = {}
         # What the data threads serve, by inode number.
         self.files: dict[int, Disk | Snapshot] = {}
         self.changed_ns = time.time_ns()
@@ -125,6 +157,7 @@ class Inventory:
         self._end = _end_before(state)
         self._emit = emit
         self._control = threading.Lock()
+        self._has_closed = False
         self._sources: dict[UUID, RawImage] = {}
         self._epoch_files: dict[Epoch, EpochFiles] = {}
         # Snapshots that broke under a guest's write; None ends the thread.
@@ -174,6 +207,7 @@ class Inventory:
     def _load(self, sources: dict[str, Path]) -> None:
         state = self._state
         state.snapshots = [entry for entry in state.snapshots if entry.is_created]
+        state.private = [p for p in state.private if self._is_kept(p, sources)]
         lost = set(self._lost_files())
         self._forget_disks(set(sources))
         for name, path in sources.items():
@@ -182,6 +216,8 @@ class Inventory:
             self._load_epochs(record)
         for snapshot in state.snapshots:
             self._add_group(snapshot)
+        for private in state.private:
+            self._add_private(private)
         for name, disk_name, reason in set(self._lost_files()) - lost:
             log.error("snapshot %s of %s is broken: %s", name, disk_name, reason)
         reached("start.loaded")
@@ -193,6 +229,14 @@ class Inventory:
             self._collect(disk)
         reached("start.collected")
         self._remove_orphans()
+
+    def _is_kept(self, private: PrivateRecord, disks: Iterable[str]) -> bool:
+        """Tell whether a job needs this snapshot to go on."""
+        if self._end is End.HOST_CRASHED:
+            # What was given up by then is not known any more.
+            private.lost = private.lost or "the host went down"
+        has_job = (self.state_path / "jobs" / f"{private.key}.json").exists()
+        return private.is_created and private.disk in disks and has_job
 
     def _lost_files(self) -> Iterable[tuple[str, str, str]]:
         """Yield each broken part of a snapshot: snapshot, disk and reason."""
@@ -264,8 +308,7 @@ class Inventory:
             source,
             Requests(),
             record.cluster_size,
-            # As in QEMU, 0 is no limit.
-            timeout=self.options.cbw_timeout or math.inf,
+            timeout=_limit(self.options.cbw_timeout),
             broke=lambda epoch, reason: self._snapshot_broke(disk, epoch, reason),
         )
         live = self._live_counters(record)
@@ -321,11 +364,14 @@ class Inventory:
         for file in self._file_records(disk):
             file.lost = file.lost or reason
 
-    def _file_records(self, disk: str) -> Iterable[SnapshotFileRecord]:
+    def _file_records(self, disk: str) -> Iterable[SnapshotFileRecord | PrivateRecord]:
         for snapshot in self._state.snapshots:
             for file in snapshot.files:
                 if file.disk == disk:
                     yield file
+        for private in self._state.private:
+            if private.disk == disk:
+                yield private
 
     def _load_epochs(self, record: DiskRecord) -> None:
         """Open the epochs of a disk, and retire again what a crash left unretired.
@@ -337,8 +383,9 @@ class Inventory:
         snapshots = {file.epoch: file for file in self._file_records(record.name)}
         epochs: list[Epoch] = []
         for entry in reversed(record.epochs):
-            files = self._files_of(record, entry)
             file = snapshots.get(entry.number)
+            is_private = isinstance(file, PrivateRecord)
+            files = self._files_of(record, entry, is_private=is_private)
             policy = (
                 OnCbwError(file.on_cbw_error) if file else self.options.on_cbw_error
             )
@@ -350,6 +397,9 @@ class Inventory:
             if reason is not None:
                 # It keeps its place until it is retired with its snapshot.
                 epoch = gone(entry.number, reason, files.remove)
+            if isinstance(file, PrivateRecord):
+                epoch.timeout = _limit(file.cbw_timeout)
+                epoch.has_holes = file.has_holes
             if file is None:
                 epoch.lost = epoch.lost or "deleted"
             else:
@@ -358,7 +408,9 @@ class Inventory:
             epochs.insert(0, epoch)
         self.disks[record.name].history.load(epochs)
 
-    def _files_of(self, record: DiskRecord, entry: EpochRecord) -> EpochFiles:
+    def _files_of(
+        self, record: DiskRecord, entry: EpochRecord, *, is_private: bool = False
+    ) -> EpochFiles:
         place = Path("disks", record.name, "epochs", f"{entry.number:04}")
         return EpochFiles(
             disk_id=UUID(record.id),
@@ -368,8 +420,9 @@ class Inventory:
             runtime=self.runtime_path / place,
             state=self.state_path / place,
             store=self.state_path / entry.store,
-            budgets=self.budgets,
+            budgets=self.budgets.within() if is_private else self.budgets,
             survives_host=entry.durability == "host",
+            is_private=is_private,
         )
 
     def stop(self) -> None:
@@ -381,6 +434,10 @@ class Inventory:
         self._broken.put(None)
         self._recorder.join()
         with self._control:
+            self._has_closed = True
+            # Whose jobs have not ended: they do not go on.
+            for private in list(self.private.values()):
+                self._drop_private(private)
             for epoch, files in list(self._epoch_files.items()):
                 try:
                     files.save(epoch)
@@ -519,49 +576,73 @@ class Inventory:
     def _choose(self, names: Sequence[str] | None) -> list[Disk]:
         if names is None:
             return list(self.disks.values())
-        for name in names:
-            if name not in self.disks:
-                raise NotFound(
-                    f"no disk {name!r}; there are {', '.join(sorted(self.disks))}"
-                )
         if not names:
             raise NotUsable("a snapshot of no disk")
-        return [self.disks[name] for name in dict.fromkeys(names)]
+        return [self.find_disk(name) for name in dict.fromkeys(names)]
+
+    def find_disk(self, name: str) -> Disk:
+        """Return a disk by name; NotFound if there is none."""
+        if name not in self.disks:
+            raise NotFound(
+                f"no disk {name!r}; there are {', '.join(sorted(self.disks))}"
+            )
+        return self.disks[name]
+
+    def own_places(self) -> list[Path]:
+        """Return the directories that only we write to."""
+        return [self.state_path, self.runtime_path, self._store_base]
 
     def _prepare_epoch(self, disk: Disk, snapshot: SnapshotRecord) -> Epoch:
-        record = self._disk_record(disk.name)
-        assert record is not None
-        place = Path("disks", disk.name, "epochs", f"{record.next_epoch:04}")
-        # Relative if it is in the state directory, which may move or be copied.
-        store = place if self.options.store is None else self._store_base / place
-        durability = "host" if self._has_to_survive_host(record) else "process"
-        entry = EpochRecord(record.next_epoch, str(store), durability)
-        record.next_epoch += 1
-        files = self._files_of(record, entry)
-        try:
-            epoch = files.create(self.options.on_cbw_error)
-        except OSError as e:
-            files.remove()
-            raise OSError(e.errno, f"no new snapshot: {describe(e)}") from None
-        record.epochs.append(entry)
-        self._epoch_files[epoch] = files
+        epoch = self._create_epoch(disk, self.options.on_cbw_error)
         snapshot.files.append(
             SnapshotFileRecord(
                 disk.name,
                 self._state.new_inode(),
-                entry.number,
+                epoch.number,
                 disk.allocated(),
                 epoch.on_cbw_error.value,
             )
         )
         return epoch
 
-    def _has_to_survive_host(self, record: DiskRecord) -> bool:
-        """Tell what a new epoch has to survive; older snapshots read it too."""
+    def _create_epoch(
+        self,
+        disk: Disk,
+        on_cbw_error: OnCbwError,
+        *,
+        is_private: bool = False,
+    ) -> Epoch:
+        record = self._record_of(disk)
+        place = Path("disks", disk.name, "epochs", f"{record.next_epoch:04}")
+        # Relative if it is in the state directory, which may move or be copied.
+        store = place if self.options.store is None else self._store_base / place
+        survives_host = self._has_to_survive_host(record, is_private=is_private)
+        durability = "host" if survives_host else "process"
+        entry = EpochRecord(record.next_epoch, str(store), durability)
+        record.next_epoch += 1
+        files = self._files_of(record, entry, is_private=is_private)
+        try:
+            epoch = files.create(on_cbw_error)
+            if is_private:
+                # Now, so that there is room for it later.
+                epoch.denied = epoch.make_denied()
+        except OSError as e:
+            files.remove()
+            raise OSError(e.errno, f"no new snapshot: {describe(e)}") from None
+        record.epochs.append(entry)
+        self._epoch_files[epoch] = files
+        return epoch
+
+    def _has_to_survive_host(self, record: DiskRecord, *, is_private: bool) -> bool:
+        """Tell what a new epoch has to survive; older snapshots read it too.
+
+        But no private one does: what was given up of it is not known afterwards.
+        """
         durable = {e.number for e in record.epochs if e.durability == "host"}
-        return self.options.survives_host or any(
+        return (self.options.survives_host and not is_private) or any(
             file.epoch in durable and file.lost is None
             for file in self._file_records(record.name)
+            if not isinstance(file, PrivateRecord)
         )
 
     def _undo_create(
@@ -569,13 +650,16 @@ class Inventory:
     ) -> None:
         if record in self._state.snapshots:
             self._state.snapshots.remove(record)
+        self._undo_epochs(disks, epochs)
+
+    def _undo_epochs(self, disks: list[Disk], epochs: list[Epoch]) -> None:
         for disk, epoch in zip(disks, epochs, strict=False):
             if epoch in disk.history.epochs:
                 disk.history.retire(epoch, "never created")
                 self._collect(disk)
             else:
                 epoch.drop()
-                del self._epoch_files[epoch]
+                self._epoch_files.pop(epoch, None)
         self._save_gone()
 
     def _add_group(self, record: SnapshotRecord) -> SnapshotGroup:
@@ -631,6 +715,111 @@ class Inventory:
         self._emit("FLEECEFS_SNAPSHOT_DELETED", {"name": name})
         log.info("snapshot %s deleted", name)
 
+    # -- private snapshots
+
+    def create_private(self, wanted: Sequence[PrivateOptions]) -> list[PrivateSnapshot]:
+        """Freeze disks at one instant, each for a job; nobody else sees it.
+
+        Raises NotFound for a disk, OSError if there is no room; then nothing is left.
+        Over a crash of the daemon a snapshot is kept if its job is (jobs/KEY.json).
+        """
+        with self._control:
+            self.check_open()
+            disks: list[Disk] = []
+            epochs: list[Epoch] = []
+            records: list[PrivateRecord] = []
+            before = list(self._state.private)
+            try:
+                for options in wanted:
+                    disk = self.find_disk(options.disk)
+                    disks.append(disk)
+                    epochs.append(self._create_private_epoch(disk, options))
+                    reached("private.prepared")
+                    records.append(self._private_record(disk, epochs[-1], options.key))
+                self._state.private = before + records
+                # Ahead of the instant, as for all snapshots.
+                self._directory.save(self._state)
+                reached("private.saved")
+                freeze(disks, epochs)
+                reached("private.frozen")
+                now = time.time_ns()
+                for record in records:
+                    record.created_ns = now
+                    record.is_created = True
+                self._save()
+                reached("private.recorded")
+            except BaseException:
+                self._state.private = before
+                self._undo_epochs(disks, epochs)
+                raise
+            return [self._add_private(record) for record in records]
+
+    def check_open(self) -> None:
+        """Raise Busy once the end has begun."""
+        if self._has_closed:
+            raise Busy("the mount is ending")
+
+    def _create_private_epoch(self, disk: Disk, options: PrivateOptions) -> Epoch:
+        on_cbw_error = options.on_cbw_error or self.options.on_cbw_error
+        epoch = self._create_epoch(disk, on_cbw_error, is_private=True)
+        seconds = options.cbw_timeout
+        if seconds is None:
+            seconds = self.options.cbw_timeout
+        epoch.timeout = _limit(seconds)
+        epoch.has_holes = options.has_holes
+        return epoch
+
+    def _private_record(self, disk: Disk, epoch: Epoch, key: str) -> PrivateRecord:
+        assert epoch.timeout is not None
+        return PrivateRecord(
+            key=key,
+            disk=disk.name,
+            epoch=epoch.number,
+            created_ns=0,
+            allocated=disk.allocated(),
+            on_cbw_error=epoch.on_cbw_error.value,
+            cbw_timeout=0.0 if math.isinf(epoch.timeout) else float(epoch.timeout),
+            has_holes=epoch.has_holes,
+        )
+
+    def _add_private(self, record: PrivateRecord) -> PrivateSnapshot:
+        disk = self.disks[record.disk]
+        epoch = next((e for e in disk.history.epochs if e.number == record.epoch), None)
+        if epoch is None:
+            epoch = gone(record.epoch, record.lost or "its epoch is missing")
+        record.lost = record.lost or epoch.lost
+        snapshot = Snapshot(
+            disk.id,
+            disk.history,
+            epoch,
+            size=disk.size,
+            created_ns=record.created_ns,
+            allocated=record.allocated,
+        )
+        files = self._epoch_files.get(epoch)
+        budgets = files.budgets if files is not None else self.budgets.within()
+        private = PrivateSnapshot(record, disk, snapshot, budgets)
+        self.private[record.key] = private
+        return private
+
+    def delete_private(self, private: PrivateSnapshot) -> None:
+        """Delete a private snapshot; no-op if that has been done."""
+        with self._control:
+            if self._has_closed or private.record.key not in self.private:
+                return
+            self._drop_private(private)
+            self._save_gone()
+
+    def _drop_private(self, private: PrivateSnapshot) -> None:
+        del self.private[private.record.key]
+        self._state.private.remove(private.record)
+        # Out of the state before any of its data goes.
+        self._save_gone()
+        reached("private.forgotten")
+        private.disk.history.retire(private.snapshot.epoch, "its job has ended")
+        self._collect(private.disk)
+        reached("private.dropped")
+
     def _collect(self, disk: Disk) -> None:
         disk.history.collect()
         for epoch in list(self._epoch_files):
@@ -642,6 +831,9 @@ class Inventory:
         for inode, file in list(self.files.items()):
             if isinstance(file, Snapshot) and file.epoch is epoch:
                 self.invalidate(inode)
+        for private in list(self.private.values()):
+            if private.snapshot.epoch is epoch:
+                private.broke(reason)
         self._broken.put((disk, epoch, reason))
 
     def _record_broken(self) -> None:
@@ -672,6 +864,8 @@ class Inventory:
                     file.lost = snapshot.lost
             if snapshot.epoch is epoch:
                 found = group.name
+        for private in self.private.values():
+            private.record.lost = private.snapshot.lost
         return found
 
     def check_end(self) -> None:
@@ -793,6 +987,11 @@ def _end_before(state: State) -> End:
         return End.CLEAN
     is_same_boot = state.boot_id == runtime.boot_id()
     return End.PROCESS_CRASHED if is_same_boot else End.HOST_CRASHED
+
+
+def _limit(seconds: float) -> float:
+    """Return how long a cbw-timeout is: as in QEMU, 0 is no limit."""
+    return seconds or math.inf
 
 
 def _check_cluster_size(size: int | None) -> None:

@@ -4,6 +4,7 @@ The names come from the source: a kill point that no scenario passes fails its t
 """
 
 import itertools
+import json
 import os
 import random
 import re
@@ -141,6 +142,26 @@ class Scenario:
         while self.walk.snapshots:
             self.delete()
 
+    def back_up(self) -> None:
+        """Copy a disk while its guest rests: the copy is what the disk is."""
+        before = generation(self.mount)
+        target = self.mount.directory / "copy.raw"
+        target.unlink(missing_ok=True)
+        done = self.mount.cli("backup", "a.raw", target)
+        wait_until(self._has_no_job, "the job to end")
+        if done.returncode == 0:
+            assert target.read_bytes() == self.walk.models["a.raw"].data
+        else:
+            # Whose daemon dies before the job is there may start it again.
+            assert generation(self.mount) > before, done.stderr
+
+    def _has_no_job(self) -> bool:
+        done = self.mount.cli("job", "list", "--json")
+        # Or the daemon has died just now.
+        return done.returncode == 0 and all(
+            job["status"] in ("concluded", "null") for job in json.loads(done.stdout)
+        )
+
     def go_on(self, trap: Trap) -> None:
         """Do everything again and again, until the trap has killed enough."""
         for step in itertools.chain(*[self.STEPS] * ROUNDS_MAX):
@@ -159,6 +180,7 @@ class Scenario:
         write,
         create,
         write,
+        back_up,
         delete,
         write,
         overwrite_all,

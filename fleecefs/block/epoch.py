@@ -18,6 +18,10 @@ for it; a reader that comes later sees the bit. Where preserving fails, the snap
 that needed it are marked broken before the write goes on, and a reader looks at the
 mark again after it has read.
 
+A job reads without registering, so that no write waits for it: it reads the source, and
+looks at the bits afterwards. Where there is none, no write has begun to overwrite;
+where there is one, what it has read is replaced by what the store has.
+
 An epoch whose snapshot is deleted or broken is *retired*: it stays while an older
 snapshot needs its data. Then its bits come to include those of the epochs between, so
 that a write never preserves what they have already.
@@ -38,6 +42,9 @@ from fleecefs.block.store import COPY_SIZE_MAX, Store, runs
 from fleecefs.errors import Abandoned, TimedOut
 from fleecefs.killpoint import reached
 
+# Of an epoch's counters.
+WAITS, LONGEST = 0, 1
+
 
 class OnCbwError(enum.Enum):
     """What happens when a cluster can not be preserved; QEMU's names."""
@@ -53,6 +60,9 @@ class Epoch:
     preserved  a bit a cluster: the store has it, or no snapshot needs it any more
     denied     clusters whose access was given up by a discard on the snapshot
     lost       why its snapshot can not be read any more; None while it is good
+    timeout    for how long writes try to preserve for it; None is the mount's time
+    has_holes  zeroes and holes are different things to its reader
+    counters   WAITS: writes that had to copy or wait; LONGEST: of these, in ns
     """
 
     def __init__(
@@ -68,6 +78,8 @@ class Epoch:
         forget: Callable[[], None] = lambda: None,
         make_denied: Callable[[], bitarray] | None = None,
         lost: str | None = None,
+        timeout: float | None = None,
+        counters: "memoryview[int] | None" = None,
     ) -> None:
         self.number = number
         self.preserved = preserved
@@ -75,6 +87,9 @@ class Epoch:
         self.on_cbw_error = on_cbw_error
         self.denied: bitarray | None = None
         self.lost = lost
+        self.timeout = timeout
+        self.has_holes = False
+        self.counters = [0, 0] if counters is None else counters
         self.make_denied = make_denied or self._denied_in_memory
         # Makes preserved clusters [first, stop) as durable as the epoch has to be.
         self.commit = commit
@@ -94,6 +109,11 @@ class Epoch:
         """Mark the snapshot lost, first where it survives a crash of the daemon."""
         self._remember(reason)
         self.lost = reason
+
+    def count_wait(self, seconds: float) -> None:
+        """Count a write that was held back; hold the lock."""
+        self.counters[WAITS] += 1
+        self.counters[LONGEST] = max(self.counters[LONGEST], int(seconds * 1e9))
 
     def drop(self) -> None:
         """Give back everything the epoch occupies."""
@@ -117,7 +137,8 @@ class Loss(NamedTuple):
 class History:
     """The epochs of one disk, oldest first; guarded by the lock of its requests.
 
-    `broke` is called, without the lock, with each epoch whose snapshot broke and why.
+    `broke` is called, without the lock, with each epoch whose snapshot broke and why;
+    each of `watchers` with the clusters [first, stop) that a write has preserved.
     """
 
     def __init__(
@@ -134,12 +155,15 @@ class History:
         self.cluster_size = cluster_size
         self.timeout = timeout
         self.broke = broke
+        self.watchers: list[Callable[[int, int], None]] = []
         self.epochs: list[Epoch] = []
         # Where writes preserve to; None while no snapshot needs them to.
         self.newest: Epoch | None = None
         self.copied = 0
         # Marked lost, but not yet where it survives what the epochs do.
         self._breaking: list[Epoch] = []
+        self._timeout_default = timeout
+        self._has_holes = False
         self._shift = cluster_size.bit_length() - 1
         self._copy_clusters_max = max(1, COPY_SIZE_MAX >> self._shift)
         self._garbage: list[Callable[[], None]] = []
@@ -155,14 +179,16 @@ class History:
         if offset == end:
             return
         first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
-        deadline = time.monotonic() + self.timeout
-        while (copy := self._claim(first, stop, deadline)) is not None:
-            if self._copy(copy):
+        begin = time.monotonic()
+        while (copy := self._claim(first, stop, begin)) is not None:
+            if self._copy(copy, begin):
                 return
 
-    def _claim(self, first: int, stop: int, deadline: float) -> Copy | None:
+    def _claim(self, first: int, stop: int, begin: float) -> Copy | None:
         """Register the clusters still to copy, or return None if there are none."""
         requests = self.requests
+        deadline = begin + self.timeout
+        has_waited = False
         with requests.lock:
             while (newest := self.newest) is not None:
                 missing = newest.preserved.find(0, first, stop)
@@ -172,16 +198,26 @@ class History:
                         requests.copies[copy.thread] = copy
                         return copy
                 elif not requests.readers or not requests.find_readers(first, stop):
+                    if has_waited:
+                        self._count_wait(begin)
                     return None
+                has_waited = True
                 if not requests.wait_changed(deadline):
                     break
             else:
                 return None
         # Waited too long for a copy by somebody else, or for a reader.
         self._outwait(first, stop)
-        return self._claim(first, stop, deadline)
+        return self._claim(first, stop, begin)
 
-    def _copy(self, copy: Copy) -> bool:
+    def _count_wait(self, begin: float) -> None:
+        """Count a write that was held back since then, for whom it may have been."""
+        seconds = time.monotonic() - begin
+        for epoch in self.epochs:
+            if epoch.lost is None:
+                epoch.count_wait(seconds)
+
+    def _copy(self, copy: Copy, begin: float) -> bool:
         """Preserve what was claimed; True if nothing is left to wait for."""
         failure = None
         requests = self.requests
@@ -201,12 +237,22 @@ class History:
             del requests.copies[copy.thread]
             requests.changed()
             if failure is None:
-                if self.newest is not None:
-                    self.newest.preserved[copy.first : copy.stop] = 1
+                newest = self.newest
+                if newest is not None:
+                    newest.preserved[copy.first : copy.stop] = 1
                 reached("copy.marked")
-                return not requests.readers
-        self._fail(copy.first, copy.stop, failure)
-        return False
+                is_done = not requests.readers
+                if is_done:
+                    self._count_wait(begin)
+        if failure is not None:
+            self._fail(copy.first, copy.stop, failure)
+            return False
+        for watch in self.watchers:
+            watch(copy.first, copy.stop)
+        if newest is not None:
+            for first, stop in copy.unneeded:
+                newest.store.free(first, stop)
+        return is_done
 
     def _copy_runs(self, copy: Copy) -> None:
         """Put the missing clusters of a claimed copy into the newest epoch's store."""
@@ -223,13 +269,21 @@ class History:
             if copy.abandoned:
                 return
             reached("copy.read")
-            newest.store.put(data, first)
+            if self._has_holes:
+                newest.store.put(data, first, self._is_hole)
+            else:
+                newest.store.put(data, first)
             reached("copy.stored")
             self.copied += length
             found = newest.preserved.find(0, end, stop)
             first = found if found >= 0 else stop
         if newest is not None:
             newest.commit(copy.first, copy.stop)
+
+    def _is_hole(self, cluster: int) -> bool:
+        offset = cluster << self._shift
+        end = min(offset + self.cluster_size, self.source.size)
+        return self.source.find_data(offset) >= end
 
     def has_late(self, now: float) -> bool:
         """Tell whether `expire` has something to do."""
@@ -366,6 +420,7 @@ class History:
         with self.requests.lock:
             self.epochs.append(epoch)
             self.newest = epoch
+            self._adapt()
 
     def retire(self, epoch: Epoch, reason: str) -> None:
         """End a snapshot: its readers get EIO, its data goes unless others need it."""
@@ -385,13 +440,23 @@ class History:
                     # Its bits are about to say more than the store holds.
                     epoch.lose(epoch.lost)
                     self._retire(epoch)
-            for older, epoch in zip([None, *self.epochs], self.epochs, strict=False):
+            for epoch in self.epochs:
                 if epoch.denied is not None:
                     # What was given up may not have been freed yet.
-                    given = epoch.denied & older.preserved if older else epoch.denied
-                    self._garbage.append(partial(_free, epoch.store, given))
+                    free = self._shed(epoch, 0, len(epoch.preserved))
+                    self._garbage.append(free)
+            self._adapt()
+
+    def _adapt(self) -> None:
+        """Let writes do as the most patient and the most exact snapshot wants."""
+        default = self._timeout_default
+        good = [epoch for epoch in self.epochs if epoch.lost is None]
+        times = [default if e.timeout is None else e.timeout for e in good]
+        self.timeout = max(times, default=default)
+        self._has_holes = any(epoch.has_holes for epoch in good)
 
     def _retire(self, epoch: Epoch) -> None:
+        self._adapt()
         index = self.epochs.index(epoch)
         if all(self._is_retired(older) for older in self.epochs[:index]):
             self._drop_until_good(index)
@@ -423,26 +488,50 @@ class History:
             self.newest = None
 
     def give_up(self, epoch: Epoch, first: int, stop: int) -> Callable[[], None]:
-        """Preserve no longer for one snapshot what no older one needs; hold the lock.
+        """Preserve no longer for one snapshot what no other needs; hold the lock.
 
         Returns what gives the space back: to be called without the lock.
         """
-        index = self.epochs.index(epoch)
-        given = bitarray(stop - first, endian="little")
-        given.setall(1)
-        if index:
-            given &= self.epochs[index - 1].preserved[first:stop]
-        users = [epoch, *self._retired_from(index + 1)]
-        for user in users:
-            user.preserved[first:stop] |= given
+        free = self._shed(epoch, first, stop)
         self.requests.changed()
+        return free
+
+    def _shed(self, since: Epoch, first: int, stop: int) -> Callable[[], None]:
+        """Find what epochs need not have any more, as one of them gave it up."""
+        needed = bitarray(stop - first, endian="little")
+        shed: list[tuple[Store, bitarray]] = []
+        is_concerned = False
+        for epoch in self.epochs:
+            # One that is breaking may be good again after a crash of the host.
+            if not self._is_retired(epoch):
+                if epoch.denied is None:
+                    needed.setall(1)
+                else:
+                    needed |= ~epoch.denied[first:stop]
+            is_concerned = is_concerned or epoch is since
+            if is_concerned and not needed.all():
+                unneeded = ~needed
+                epoch.preserved[first:stop] |= unneeded
+                shed.append((epoch.store, unneeded))
+                if epoch is self.newest:
+                    self._shed_copies(unneeded, first)
+            needed &= ~epoch.preserved[first:stop]
 
         def free() -> None:
-            for user in users:
-                for start, end in runs(given, 0, len(given)):
-                    user.store.free(first + start, first + end)
+            for store, unneeded in shed:
+                for start, end in runs(unneeded, 0, len(unneeded)):
+                    store.free(first + start, first + end)
 
         return free
+
+    def _shed_copies(self, unneeded: bitarray, offset: int) -> None:
+        """Let copies under way free what they bring in vain."""
+        stop = offset + len(unneeded)
+        for copy in self.requests.copies.values():
+            if copy.first < stop and offset < copy.stop:
+                start = max(0, copy.first - offset)
+                found = runs(unneeded, start, min(stop, copy.stop) - offset)
+                copy.unneeded += [(offset + a, offset + b) for a, b in found]
 
     def collect(self) -> None:
         """Give back the space of what was retired, once the state knows of it.

@@ -61,7 +61,11 @@ class RawImage:
                 fd = exclusive
             elif not stat.S_ISREG(mode):
                 raise NotUsable(f"source {path}: not a regular file or block device")
-            _lock(fd, f"source {path}")
+            lock_whole(
+                fd,
+                f"source {path}: in use by another program (locked); "
+                "a disk can be served by one fleecefs only",
+            )
             size = os.lseek(fd, 0, os.SEEK_END)
             if size == 0:
                 raise NotUsable(f"source {path}: is empty; a disk has a size")
@@ -180,16 +184,14 @@ class RawImage:
     __del__ = close
 
 
-def _lock(fd: int, what: str) -> None:
+def lock_whole(fd: int, message: str) -> None:
+    """Lock a file until it is closed; Busy with that message if somebody else has."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
     except OSError as e:
         if e.errno in (errno.EAGAIN, errno.EACCES):
-            raise Busy(
-                f"{what}: in use by another program (locked); "
-                "a disk can be served by one fleecefs only"
-            ) from None
+            raise Busy(message) from None
         raise
 
 

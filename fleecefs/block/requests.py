@@ -39,7 +39,7 @@ def drain_deadline() -> float:
 class Copy:
     """Clusters [first, stop) on their way to an epoch's store, until a deadline."""
 
-    __slots__ = ("abandoned", "deadline", "first", "stop", "thread")
+    __slots__ = ("abandoned", "deadline", "first", "stop", "thread", "unneeded")
 
     def __init__(self, first: int, stop: int, deadline: float) -> None:
         self.first = first
@@ -49,6 +49,8 @@ class Copy:
         # Set when the deadline passed: the thread may come back whenever it likes, but
         # may not set a bit, write to the source or answer the guest.
         self.abandoned = False
+        # Runs that nobody needs any more since it began: to be freed when it has ended.
+        self.unneeded: list[tuple[int, int]] = []
 
 
 class Requests:

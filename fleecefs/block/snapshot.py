@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from threading import get_ident
 from uuid import UUID
 
+from bitarray import bitarray
+
 from fleecefs.block.bitmap import next_set
 from fleecefs.block.epoch import Epoch, History, Run
 from fleecefs.block.extent import Mapped, clip
 from fleecefs.block.image import mapped_at
+from fleecefs.block.store import runs
 from fleecefs.errors import ReadOnly, SnapshotLost
 
 # A search for the next data or hole holds writers of the part it looks at.
@@ -134,6 +137,71 @@ class Snapshot:
                 start, until = max(first << shift, offset), min(stop << shift, end)
                 epoch.store.read_into(data[start - offset : until - offset], start)
         return data
+
+    # -- for jobs
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with whole clusters as they were, without holding back writers.
+
+        They may overwrite the source meanwhile; see epoch.py for why that does no harm.
+        Raises SnapshotLost if the snapshot is broken or deleted, also while reading.
+        """
+        end = offset + len(buffer)
+        first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
+        on_source = [run for run in self._runs(first, stop) if run[2] is None]
+        if on_source:
+            start = on_source[0][0] << self._shift
+            until = min(on_source[-1][1] << self._shift, end)
+            self._source.pread_into(buffer[start - offset : until - offset], start)
+        for run_first, run_stop, epoch in self._runs(first, stop):
+            if epoch is not None:
+                start, until = run_first << self._shift, run_stop << self._shift
+                part = buffer[start - offset : min(until, end) - offset]
+                epoch.store.read_into(part, start)
+        self._check(first, stop)
+
+    def is_on_source(self, first: int, stop: int) -> bool:
+        """Tell whether none of the clusters has been overwritten until now."""
+        return [run[2] for run in self._runs(first, stop)] == [None]
+
+    def _runs(self, first: int, stop: int) -> list[Run]:
+        """Return where the clusters are just now."""
+        history = self._history
+        with self._requests.lock:
+            self._check(first, stop)
+            return list(history.runs(history.chain(self.epoch), first, stop))
+
+    def locate(self, first: int, stop: int) -> tuple[str, int]:
+        """Return where a cluster is just now, as Mapped does, and where its run ends.
+
+        Without I/O: "source" may be a hole.
+        """
+        history = self._history
+        with self._requests.lock:
+            self._check(first, first)
+            epoch, stop = history.holder(history.chain(self.epoch), first, stop)
+        if epoch is None:
+            return "source", stop
+        tier, stop = epoch.store.locate(first, stop)
+        return "none" if tier is None else tier.name, stop
+
+    def count_in_ram(self, first: int, stop: int) -> int:
+        """Return how many clusters are in the RAM tier of some epoch."""
+        with self._requests.lock:
+            self._check(first, first)
+            chain = self._history.chain(self.epoch)
+        tiers = [tier for epoch in chain for tier in epoch.store.tiers]
+        return sum(t.bits.count(1, first, stop) for t in tiers if t.name == "ram")
+
+    def preserved_runs(self, among: bitarray) -> Iterator[tuple[int, int]]:
+        """Yield runs of some clusters that were preserved for this snapshot."""
+        history = self._history
+        with self._requests.lock:
+            self._check(0, 0)
+            found = bitarray(len(among), endian="little")
+            for epoch in history.chain(self.epoch):
+                found |= epoch.preserved[: len(among)]
+        return runs(found & among, 0, len(among))
 
     # -- where data and holes are
 

@@ -25,10 +25,16 @@ COPY_SIZE_MAX = 1 << 20
 
 
 class Budget:
-    """Bytes that stores may hold together; None is no limit."""
+    """Bytes that stores may hold together; None is no limit.
 
-    def __init__(self, limit: int | None, name: str) -> None:
+    One within another counts what a part of the stores hold of its bytes.
+    """
+
+    def __init__(
+        self, limit: int | None, name: str, *, within: "Budget | None" = None
+    ) -> None:
         self.limit = limit
+        self._within = within
         self.name = name
         self.used = 0
         self.peak = 0
@@ -36,23 +42,31 @@ class Budget:
 
     def take(self, size: int) -> bool:
         """Reserve bytes, or return False if they are not there."""
+        if self._within is not None and not self._within.take(size):
+            return False
         with self._lock:
             used = self.used + size
-            if self.limit is not None and used > self.limit:
-                return False
-            self.used = used
-            self.peak = max(self.peak, used)
-            return True
+            has_room = self.limit is None or used <= self.limit
+            if has_room:
+                self.used = used
+                self.peak = max(self.peak, used)
+        if not has_room and self._within is not None:
+            self._within.give(size)
+        return has_room
 
     def charge(self, size: int) -> None:
         """Count bytes that are held already, whatever the limit says."""
         with self._lock:
             self.used += size
             self.peak = max(self.peak, self.used)
+        if self._within is not None:
+            self._within.charge(size)
 
     def give(self, size: int) -> None:
         with self._lock:
             self.used -= size
+        if self._within is not None:
+            self._within.give(size)
 
     def statistics(self) -> dict[str, int | None]:
         return {"limit": self.limit, "used": self.used, "peak": self.peak}
@@ -172,20 +186,29 @@ class Store:
         self._zeroes = bytes(cluster_size)
         self._remove = remove
 
-    def put(self, data: bytes, first: int) -> None:
-        """Keep whole clusters from `first` on; those that are zeroes cost nothing."""
+    def put(
+        self,
+        data: bytes,
+        first: int,
+        is_hole: Callable[[int], bool] = lambda cluster: True,
+    ) -> None:
+        """Keep whole clusters from `first` on; those that are zeroes cost nothing.
+
+        But zeroes are kept as data where `is_hole` says so of a cluster.
+        """
         size, zeroes = self._cluster_size, self._zeroes
         count = -(-len(data) // size)
         if count == 1:
-            if data != zeroes[: len(data)]:
+            if data != zeroes[: len(data)] or not is_hole(first):
                 self._put(data, first, first + 1)
             return
         # Runs of clusters that are all zeroes or all not.
         start = 0
-        start_is_zero = data.startswith(zeroes)
+        start_is_zero = data.startswith(zeroes) and is_hole(first)
         for index in range(1, count):
             at = index * size
             is_zero = data.startswith(zeroes[: len(data) - at], at)
+            is_zero = is_zero and is_hole(first + index)
             if is_zero != start_is_zero:
                 if not start_is_zero:
                     self._put(data[start * size : at], first + start, first + index)

@@ -8,10 +8,12 @@ quick.
 import click
 
 from fleecefs import __version__
+from fleecefs.cli.backup import backup
 from fleecefs.cli.check import check
 from fleecefs.cli.completion import completion
 from fleecefs.cli.edge import Program
 from fleecefs.cli.events import events
+from fleecefs.cli.job import job
 from fleecefs.cli.map import map_file
 from fleecefs.cli.mount import mount
 from fleecefs.cli.options import mount_option_of_program
@@ -40,7 +42,7 @@ def main() -> None:
 
     \b
     Exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 no such daemon,
-    disk or snapshot, 130 interrupted.
+    disk, snapshot or job, 4 the job ended with an error, 130 interrupted.
     """
 
 
@@ -52,6 +54,8 @@ for command in (
     events,
     map_file,
     snapshot,
+    backup,
+    job,
     check,
     completion,
 ):

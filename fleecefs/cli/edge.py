@@ -19,6 +19,7 @@ from fleecefs.errors import NotFound
 
 FAILED = 1
 NOT_FOUND = 3
+JOB_FAILED = 4
 INTERRUPTED = 130
 
 

@@ -1,13 +1,12 @@
 """fleecefs mount: from words to settings; the keeper does the rest."""
 
-import math
 import os
 from typing import NamedTuple
 
 import click
 
 from fleecefs.cli.daemons import resolve
-from fleecefs.cli.options import absolute, complete_paths, log_place, size
+from fleecefs.cli.options import absolute, complete_paths, log_place, seconds, size
 
 # Long enough for a disk that hangs for a moment, shorter than a guest's own limit
 # for a request (30 s for SCSI in Linux).
@@ -42,12 +41,6 @@ def _disks(
                 f"two disks are named {name!r}: name one with NAME=SOURCE", ctx, param
             )
     return disks
-
-
-def _seconds(ctx: click.Context, param: click.Parameter, seconds: float) -> float:
-    if not 0 <= seconds < math.inf:
-        raise click.BadParameter("write a number of seconds, or 0", ctx, param)
-    return seconds
 
 
 @click.command(short_help="Mount disks, so that snapshots of them can be taken.")
@@ -100,7 +93,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, seconds: float) -> floa
     type=float,
     default=CBW_TIMEOUT,
     show_default=True,
-    callback=_seconds,
+    callback=seconds,
     help="How long a guest's write waits for that at most; 0: no limit.",
 )
 @click.option(

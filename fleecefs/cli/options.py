@@ -1,5 +1,6 @@
 """Options and arguments that several commands share, and how they complete."""
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
@@ -13,7 +14,7 @@ from fleecefs.units import parse_size
 
 if TYPE_CHECKING:
     from fleecefs.control.client import Client
-    from fleecefs.control.results import Snapshot, Status
+    from fleecefs.control.results import Job, Snapshot, Status
 
 # A shell that waits for TAB waits for the daemon.
 COMPLETION_TIMEOUT = 1.0
@@ -49,6 +50,13 @@ def complete_disk_files(
     return _beginning(incomplete, _asked(ctx, _file_names))
 
 
+def complete_jobs(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete the ids of jobs."""
+    return _beginning(incomplete, _asked(ctx, _job_ids))
+
+
 def complete_paths(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> "list[CompletionItem[str]]":
@@ -78,6 +86,15 @@ def size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | 
         return parse_size(text)
     except ValueError as e:
         raise click.BadParameter(str(e), ctx, param) from None
+
+
+def seconds(
+    ctx: click.Context, param: click.Parameter, value: float | None
+) -> float | None:
+    """Take a duration."""
+    if value is not None and not 0 <= value < math.inf:
+        raise click.BadParameter("write a number of seconds, or 0", ctx, param)
+    return value
 
 
 def _remember_mount(
@@ -138,6 +155,11 @@ def _snapshot_names(client: "Client") -> list[str]:
 def _disk_names(client: "Client") -> list[str]:
     status = cast("Status", client.execute("fleecefs-status"))
     return [disk["name"] for disk in status["disks"]]
+
+
+def _job_ids(client: "Client") -> list[str]:
+    jobs = cast("list[Job]", client.execute("fleecefs-job-list"))
+    return [job["id"] for job in jobs]
 
 
 def _file_names(client: "Client") -> list[str]:

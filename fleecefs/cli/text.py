@@ -29,6 +29,17 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def format_time_left(seconds: float | None) -> str:
+    """Return how long something still takes, as 0:12 or 1:02:03, for people."""
+    if seconds is None:
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minute:02}:{second:02}"
+    return f"{minute}:{second:02}"
+
+
 def print_json(value: object) -> None:
     """Print a result as it came, indented."""
     click.echo(json.dumps(value, indent=2))

@@ -5,7 +5,9 @@ trouble must not join it.
 """
 
 import errno
+import select
 import socket
+import time
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -109,6 +111,23 @@ class Client:
                 return
             if "event" in message:
                 self._events.append(message)
+
+    def next_event(self, timeout: float) -> Message | None:
+        """Return the next event, or None if none comes within these seconds."""
+        deadline = time.monotonic() + timeout
+        while not self._events:
+            if not self._messages and not self._wait_readable(deadline):
+                return None
+            message = self._receive()
+            if "event" in message:
+                self._events.append(message)
+        return self._events.popleft()
+
+    def _wait_readable(self, deadline: float) -> bool:
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        left = max(0.0, deadline - time.monotonic())
+        return bool(waiting.poll(left * 1000))
 
     def wait_closed(self) -> None:
         """Wait until the daemon has closed the connection, as it does at its end."""

@@ -1,8 +1,6 @@
 """What the control socket can be asked to do: a table of commands.
 
-The table says which arguments a command takes; they are checked in one place before
-its handler runs, so a handler is an ordinary method with ordinary parameters. What
-blocks (the inventory, the status) runs in a thread.
+What blocks (the inventory, the status) runs in a thread.
 """
 
 import logging
@@ -13,10 +11,21 @@ import trio
 
 from fleecefs import __version__
 from fleecefs.control import qmp
+from fleecefs.control.arguments import (
+    BOOLEAN,
+    INTEGER,
+    STRING,
+    STRINGS,
+    Command,
+    check_arguments,
+    optional,
+)
+from fleecefs.control.jobs import JobCommands
 from fleecefs.control.qmp import ErrorClass, Message, QmpError
 from fleecefs.control.session import Request
 from fleecefs.errors import NotFound
 from fleecefs.inventory import Inventory
+from fleecefs.jobs.registry import Jobs
 
 log = logging.getLogger(__name__)
 
@@ -36,47 +45,10 @@ class Lifecycle(NamedTuple):
     restart: Callable[[], Awaitable[None]]
 
 
-class Argument(NamedTuple):
-    """What one parameter of a command takes."""
-
-    expected: str
-    accepts: Callable[[object], bool]
-    required: bool = True
-
-
-class Command(NamedTuple):
-    """A handler, called with the arguments by name once they have been checked."""
-
-    handler: Callable[..., Awaitable[object]]
-    arguments: dict[str, Argument]
-
-
-def _is_string(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_boolean(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_strings(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_string, value))
-
-
-STRING = Argument("string", _is_string)
-STRINGS = Argument("array of strings", _is_strings)
-INTEGER = Argument("integer", _is_integer)
-BOOLEAN = Argument("boolean", _is_boolean)
-
-
 class Commands:
     """Every command, bound to the daemon it works on."""
 
-    def __init__(self, inventory: Inventory, lifecycle: Lifecycle) -> None:
+    def __init__(self, inventory: Inventory, jobs: Jobs, lifecycle: Lifecycle) -> None:
         self._inventory = inventory
         self._lifecycle = lifecycle
         self.table = {
@@ -86,7 +58,7 @@ class Commands:
             "fleecefs-restart": Command(self._restart, {}),
             "fleecefs-status": Command(self._status, {}),
             "fleecefs-snapshot-create": Command(
-                self._snapshot_create, {"name": STRING, "disks": _optional(STRINGS)}
+                self._snapshot_create, {"name": STRING, "disks": optional(STRINGS)}
             ),
             "fleecefs-snapshot-delete": Command(
                 self._snapshot_delete, {"name": STRING}
@@ -97,11 +69,12 @@ class Commands:
                 self._map,
                 {
                     "file": STRING,
-                    "offset": _optional(INTEGER),
-                    "count": _optional(INTEGER),
+                    "offset": optional(INTEGER),
+                    "count": optional(INTEGER),
                 },
             ),
-            "fleecefs-umount": Command(self._umount, {"force": _optional(BOOLEAN)}),
+            "fleecefs-umount": Command(self._umount, {"force": optional(BOOLEAN)}),
+            **JobCommands(jobs).table,
         }
 
     async def answer(self, request: Request) -> Message:
@@ -167,42 +140,6 @@ class Commands:
     async def _umount(self, force: bool = False) -> Message:
         await self._lifecycle.umount(force)
         return {}
-
-
-def check_arguments(arguments: Message, expected: dict[str, Argument]) -> None:
-    """Raise QmpError unless the arguments are what the command takes."""
-    for name in arguments:
-        if name not in expected:
-            raise QmpError(f"Parameter {name!r} is unexpected")
-    for name, argument in expected.items():
-        if name in arguments:
-            _check_argument(name, arguments[name], argument)
-        elif argument.required:
-            raise QmpError(f"Parameter {name!r} is missing")
-
-
-def _check_argument(name: str, value: object, argument: Argument) -> None:
-    if not argument.accepts(value):
-        raise QmpError(
-            f"Invalid parameter type for {name!r}, expected: {argument.expected}"
-        )
-    # JSON can escape half a surrogate pair, which no name or path can hold.
-    strings = value if isinstance(value, list) else [value]
-    for string in strings:
-        if isinstance(string, str) and not _is_text(string):
-            raise QmpError(f"Parameter {name!r} is not valid Unicode")
-
-
-def _is_text(string: str) -> bool:
-    try:
-        string.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _optional(argument: Argument) -> Argument:
-    return argument._replace(required=False)
 
 
 def _as_qmp_error(error: Exception, request: Request) -> QmpError:

@@ -89,6 +89,56 @@ Status = TypedDict(
 )
 
 
+Cost = TypedDict(
+    "Cost",
+    {
+        # Guest writes that waited for the job to preserve what they overwrote, and
+        # how long the slowest did.
+        "waited": int,
+        "longest-wait": float,
+        # What is preserved for the job now, and was at the most, in each tier.
+        "ram": int,
+        "ram-peak": int,
+        "disk": int,
+        "disk-peak": int,
+    },
+)
+
+Job = TypedDict(
+    "Job",
+    {
+        "id": str,
+        "type": str,
+        # The name of the disk.
+        "disk": str,
+        "status": str,
+        # Bytes done, and what 100 % are: an estimate.
+        "current": int,
+        "total": int,
+        # The limit, 0 for none, and what it is now, in bytes a second.
+        "speed": int,
+        "speed-now": float,
+        # Seconds to go, if that can be told.
+        "eta": float | None,
+        "user-paused": bool,
+        "io-status": str,
+        "cancelled": bool,
+        # Why it failed, or that it was cancelled.
+        "error": str | None,
+        "auto-finalize": bool,
+        "auto-dismiss": bool,
+        "created": float,
+        "elapsed": float,
+        # How many daemons it has outlived.
+        "restarts": int,
+        # From here on what a backup tells.
+        "target": str,
+        "sync": str,
+        "cost": Cost,
+    },
+)
+
+
 class MapExtent(TypedDict):
     """A part of a file whose bytes all lie in one place."""
 

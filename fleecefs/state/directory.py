@@ -85,6 +85,22 @@ class SnapshotRecord:
 
 
 @dataclass
+class PrivateRecord:
+    """A snapshot of one disk that only a job sees: that of jobs/KEY.json."""
+
+    key: str
+    disk: str
+    epoch: int
+    created_ns: int
+    allocated: int
+    on_cbw_error: str
+    cbw_timeout: float
+    has_holes: bool
+    lost: str | None = None
+    is_created: bool = False
+
+
+@dataclass
 class State:
     """All of state.json."""
 
@@ -94,6 +110,7 @@ class State:
     next_inode: int = _FIRST_INODE
     disks: list[DiskRecord] = field(default_factory=list)
     snapshots: list[SnapshotRecord] = field(default_factory=list)
+    private: list[PrivateRecord] = field(default_factory=list)
 
     def new_inode(self) -> int:
         """Return an inode number that was never used in this state."""
@@ -206,6 +223,10 @@ def _check(state: State) -> None:
             OnCbwError(file.on_cbw_error)
             if file.disk not in names:
                 raise ValueError(file.disk)
+    for private in state.private:
+        OnCbwError(private.on_cbw_error)
+        if private.disk not in names:
+            raise ValueError(private.disk)
 
 
 def new_state(boot_id: str) -> State:

@@ -47,6 +47,14 @@ class Budgets(NamedTuple):
     ram: Budget
     disk: Budget
 
+    def within(self) -> "Budgets":
+        """Return budgets that count a part of these, which have the limits."""
+        ram, disk = self
+        return Budgets(
+            Budget(ram.limit, "ram", within=ram),
+            Budget(disk.limit, "disk", within=disk),
+        )
+
 
 class EpochFiles:
     """Where one epoch of one disk keeps its bits and clusters."""
@@ -63,16 +71,18 @@ class EpochFiles:
         store: Path,
         budgets: Budgets,
         survives_host: bool = False,
+        is_private: bool = False,
     ) -> None:
         self.number = number
         self.store = store
+        self.budgets = budgets
         self._owner = Owner(disk_id, number, -(-size // cluster_size))
         self._size = size
         self._cluster_size = cluster_size
         self._runtime = runtime
         self._state = state
-        self._budgets = budgets
         self.survives_host = survives_host
+        self._is_private = is_private
         self._log: PreservedLog | None = None
         self._live: dict[str, LiveBits] = {}
         self._sync_error: str | None = None
@@ -163,9 +173,9 @@ class EpochFiles:
         self, disk: RawImage, ram: RawImage | None, on_cbw_error: OnCbwError
     ) -> Epoch:
         size, live = self._cluster_size, self._live
-        tiers = [Tier("disk", disk, live["disk"].bits, self._budgets.disk, size)]
+        tiers = [Tier("disk", disk, live["disk"].bits, self.budgets.disk, size)]
         if ram is not None:
-            tiers.insert(0, Tier("ram", ram, live["ram"].bits, self._budgets.ram, size))
+            tiers.insert(0, Tier("ram", ram, live["ram"].bits, self.budgets.ram, size))
         epoch = Epoch(
             self.number,
             live["preserved"].bits,
@@ -177,13 +187,14 @@ class EpochFiles:
             forget=self.remove,
             make_denied=self._make_denied,
             lost=live["preserved"].note,
+            counters=live["preserved"].counters,
         )
         if "denied" in live:
             epoch.denied = live["denied"].bits
         return epoch
 
     def _names(self) -> list[str]:
-        has_ram = self._budgets.ram.limit != 0 and not self.survives_host
+        has_ram = self.budgets.ram.limit != 0 and not self.survives_host
         return ["preserved", "disk", *(["ram"] if has_ram else [])]
 
     def _create_ram(self) -> RawImage | None:
@@ -228,7 +239,8 @@ class EpochFiles:
             log.error("%s: %s", self._log_path, e.strerror)
 
     def _make_denied(self) -> bitarray:
-        if self.survives_host:
+        # A private one does not survive it, whatever its epoch does for older ones.
+        if self.survives_host and not self._is_private:
             raise Unsupported("a snapshot that survives the host keeps all of its past")
         self._live["denied"] = LiveBits.create(self._bits_path("denied"), self._owner)
         return self._live["denied"].bits

@@ -16,55 +16,8 @@ from fleecefs.cli.daemons import resolve
 from fleecefs.control.client import Client
 from fleecefs.errors import NotFound, Refused
 from fleecefs.state.runtime import RunningMount
+from tests.cli.command import error_of, output_of, run
 from tests.control.fakes import SIZE, running_daemon, wait_until
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    """The same width and no choice of a daemon, wherever the tests run."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("FLEECEFS_MOUNT", raising=False)
-
-
-@pytest.fixture
-def running(monkeypatch):
-    """The mounts that are said to be served."""
-    mounts = []
-    monkeypatch.setattr(
-        "fleecefs.state.runtime.running_mounts", lambda wanted=None: list(mounts)
-    )
-    return mounts
-
-
-@pytest.fixture
-def daemon(tmp_path, running):
-    with running_daemon(tmp_path / "control") as daemon:
-        running.append(RunningMount(daemon.mount, daemon.path, 0))
-        yield daemon
-
-
-def run(*words):
-    result = CliRunner().invoke(main, words, prog_name="fleecefs")
-    if not isinstance(result.exception, SystemExit | None):
-        raise result.exception
-    return result
-
-
-def output_of(*words):
-    result = run(*words)
-    assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
-    return result.stdout
-
-
-def error_of(*words):
-    """Return the exit code and the one line on stderr."""
-    result = run(*words)
-    assert result.stdout == ""
-    assert result.stderr.startswith("fleecefs: ")
-    assert result.stderr.count("\n") == 1
-    return result.exit_code, result.stderr.removeprefix("fleecefs: ").rstrip()
-
 
 # -- what is printed
 

@@ -10,6 +10,8 @@ from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.events import Events
 from fleecefs.control.server import serving
 from fleecefs.errors import Busy, NameTaken, NotFound, Refused
+from fleecefs.jobs.registry import Jobs
+from tests.jobs.fakes import FakeBackups
 
 SIZE = 8 << 30
 # Beyond the largest pid_max: nobody has it.
@@ -110,6 +112,7 @@ class FakeDaemon:
         self.users = None
         self.events = Events()
         self.inventory = FakeInventory(self.events.emit)
+        self.backups = FakeBackups()
         self._ended = trio.Event()
 
     def status(self):
@@ -150,8 +153,13 @@ class FakeDaemon:
     async def serving(self):
         self.events.start(trio.lowlevel.current_trio_token())
         lifecycle = Lifecycle(self.status, self.umount, self.restart)
-        async with serving(self.path, Commands(self.inventory, lifecycle), self.events):
+        jobs = Jobs(self.backups, self.events.emit)
+        # Not in a nursery: what is raised in the block leaves it bare.
+        trio.lowlevel.spawn_system_task(jobs.run)
+        commands = Commands(self.inventory, jobs, lifecycle)
+        async with serving(self.path, commands, self.events):
             yield self
+            await jobs.close()
 
     async def run(self, started):
         async with self.serving():

@@ -146,3 +146,27 @@ def test_a_daemon_that_goes_away_is_one_clear_error(tmp_path):
 
         with pytest.raises(ConnectionLost, match="the daemon is gone"):
             client.execute("fleecefs-status")
+
+
+def test_the_next_event_is_waited_for_only_so_long(daemon):
+    with Client(daemon.path) as client:
+        none = client.next_event(0.01)
+        daemon.inventory.create_snapshot("a")
+        created = client.next_event(10)
+        daemon.inventory.create_snapshot("b")
+        client.execute("query-version")
+        kept = client.next_event(10)
+
+        assert none is None
+        assert (created["data"]["name"], kept["data"]["name"]) == ("a", "b")
+
+
+def test_half_an_event_is_waited_for(tmp_path):
+    event = b'{"event": "X", "data": {}}\n'
+    path = tmp_path / "c"
+    with (
+        answering(path, GREETING, READY + event + event[:9]),
+        Client(str(path)) as client,
+    ):
+        assert client.next_event(1)["event"] == "X"
+        assert client.next_event(0.01) is None

@@ -8,6 +8,7 @@ from fleecefs.control.commands import MAP_COUNT_MAX, Commands, Lifecycle
 from fleecefs.control.session import Request
 from fleecefs.errors import Refused
 from tests.control.fakes import FakeDaemon, FakeInventory
+from tests.jobs.fakes import new_jobs
 
 TAG = {"id": 7}
 
@@ -31,7 +32,8 @@ def commands(inventory, forced):
         raise Refused("this kernel can not send requests again")
 
     lifecycle = Lifecycle(lambda: {"mount": "/mnt/live"}, umount, restart)
-    return Commands(inventory, lifecycle)
+    jobs, _ = new_jobs()
+    return Commands(inventory, jobs, lifecycle)
 
 
 async def value_of(commands, name, /, **arguments):
@@ -253,9 +255,8 @@ async def test_a_bug_is_logged_and_not_told(commands, inventory, caplog):
 async def test_a_busy_mount_names_its_users(tmp_path):
     daemon = FakeDaemon(tmp_path / "control")
     daemon.users = "qemu (17)"
-    commands = Commands(
-        daemon.inventory, Lifecycle(daemon.status, daemon.umount, daemon.restart)
-    )
+    lifecycle = Lifecycle(daemon.status, daemon.umount, daemon.restart)
+    commands = Commands(daemon.inventory, new_jobs()[0], lifecycle)
 
     found = await error_of(commands, "fleecefs-umount")
 

@@ -1,0 +1,181 @@
+"""fleecefs job ...: list, show, wait, and the verbs."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from fleecefs.cli import follow
+from fleecefs.cli.daemons import connect
+from fleecefs.cli.edge import report
+from fleecefs.cli.options import complete_jobs, json_option, mount_option, size
+from fleecefs.cli.text import (
+    format_duration,
+    format_time,
+    print_json,
+    print_table,
+    printable,
+)
+from fleecefs.units import format_size
+
+if TYPE_CHECKING:
+    from fleecefs.control.results import Job
+
+_one_id = click.argument("job_id", metavar="ID", shell_complete=complete_jobs)
+_ids = click.argument(
+    "ids", metavar="ID...", nargs=-1, required=True, shell_complete=complete_jobs
+)
+
+
+@click.group(short_help="List, watch, pause and cancel jobs.")
+@mount_option
+def job() -> None:
+    """List, watch, pause and cancel jobs.
+
+    A job is what goes on by itself, like a backup. Its ID is the name of its disk,
+    unless --job-id was given.
+    """
+
+
+@job.command("list")
+@mount_option
+@json_option
+def list_jobs(as_json: bool) -> None:
+    """List the jobs that have not been dismissed."""
+    with connect() as client:
+        answer = client.execute("fleecefs-job-list")
+    if as_json:
+        print_json(answer)
+        return
+    jobs = cast("list[Job]", answer)
+    print_table(
+        ["JOB", "TYPE", "STATUS", ">DONE", ">OF", ">SPEED", "TARGET"],
+        [
+            [
+                each["id"],
+                each["type"],
+                each["status"],
+                format_size(each["current"]),
+                format_size(each["total"]),
+                f"{format_size(int(each['speed-now']))}/s",
+                each["target"],
+            ]
+            for each in jobs
+        ],
+    )
+    for each in jobs:
+        for line in _news(each):
+            click.echo(printable(line))
+
+
+@job.command()
+@mount_option
+@json_option
+@_one_id
+def show(as_json: bool, job_id: str) -> None:
+    """Show how far a job is, and what it costs the guest.
+
+    Also what became of one that is gone, if it was among the last.
+    """
+    with connect() as client:
+        answer = client.execute("fleecefs-job-show", id=job_id)
+    if as_json:
+        print_json(answer)
+        return
+    _print_details(cast("Job", answer))
+
+
+@job.command()
+@mount_option
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print what became of them as JSON."
+)
+@_ids
+def wait(as_json: bool, ids: tuple[str, ...]) -> None:
+    """Wait until jobs have ended. The exit status is 4 if one ended with an error.
+
+    Ctrl-C leaves them running.
+    """
+    try:
+        jobs = follow.wait(ids, follow.is_over)
+    except KeyboardInterrupt:
+        follow.leave(ids)
+    if as_json:
+        print_json(jobs)
+    follow.conclude(jobs, as_json)
+
+
+def _verb(name: str, help: str) -> None:
+    """Add a command that tells jobs something."""
+
+    def tell(ctx: click.Context, ids: tuple[str, ...]) -> None:
+        from fleecefs.control.client import CommandFailed
+
+        statuses = []
+        with connect() as client:
+            for each in ids:
+                try:
+                    client.execute(f"job-{name}", id=each)
+                except CommandFailed as e:
+                    # As rm: the others are told nevertheless.
+                    statuses.append(report(e))
+        if statuses:
+            ctx.exit(statuses[0])
+
+    decorated: Callable[..., None] = _ids(mount_option(click.pass_context(tell)))
+    job.command(name, help=help)(decorated)
+
+
+_verb("pause", "Let jobs rest; what the guest overwrites is kept for them.")
+_verb("resume", "Let jobs go on, also after a pause for an error.")
+_verb("cancel", "End jobs without a result, together with their group.")
+_verb("finalize", "Let jobs end that wait for it (--no-auto-finalize).")
+_verb("dismiss", "Forget jobs that have ended (--no-auto-dismiss).")
+
+
+@job.command("set-speed")
+@mount_option
+@_one_id
+@click.argument("speed", metavar="SIZE", callback=size)
+def set_speed(job_id: str, speed: int) -> None:
+    """Let a job copy SIZE bytes a second from now on; 0 is no limit."""
+    with connect() as client:
+        client.execute("block-job-set-speed", device=job_id, speed=speed)
+
+
+def _news(shown: "Job") -> Iterable[str]:
+    """Yield what there is to say about a job beyond its row in the list."""
+    problem = follow.find_problem(shown)
+    if problem is not None:
+        yield problem
+    elif shown["io-status"] != "ok":
+        yield f"job {shown['id']} is {follow.describe_pace(shown)}"
+    if shown["status"] == "pending" and not shown["auto-finalize"]:
+        yield follow.describe_end(shown)
+    if shown["restarts"]:
+        times = "once" if shown["restarts"] == 1 else f"{shown['restarts']} times"
+        yield f"job {shown['id']} went on after a restart of the daemon, {times}"
+
+
+def _print_details(shown: "Job") -> None:
+    done = f"{format_size(shown['current'])} of {format_size(shown['total'])}"
+    limit = f"{format_size(shown['speed'])}/s" if shown["speed"] else "none"
+    lines = {
+        "job": f"{shown['id']}, {shown['type']}, sync {shown['sync']}",
+        "status": shown["status"],
+        "disk": shown["disk"],
+        "target": shown["target"],
+        "started": format_time(shown["created"]),
+        "elapsed": format_duration(shown["elapsed"]),
+        "done": done,
+        "pace": follow.describe_pace(shown),
+        "limit": limit,
+        "guest": follow.describe_waits(shown["cost"]),
+        "kept": follow.describe_space(shown["cost"]),
+    }
+    if follow.is_over(shown):
+        del lines["pace"]
+    for title, text in lines.items():
+        click.echo(f"{title:<9}{printable(text)}")
+    for line in _news(shown):
+        click.echo(printable(line))

@@ -1,0 +1,64 @@
+"""What a job is told when it starts, with QEMU's names for it."""
+
+import enum
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleecefs.block.epoch import OnCbwError
+
+# Beyond it a backup takes the guest's time and its target's, and is not faster.
+WORKERS = 24
+
+
+class OnError(enum.Enum):
+    """What a job does when it can not read its source or write its target."""
+
+    REPORT = "report"  # fail
+    IGNORE = "ignore"  # try again later, and never leave it out
+    STOP = "stop"  # pause, and try again when told to resume
+    ENOSPC = "enospc"  # stop if there is no space, report everything else
+    AUTO = "auto"  # for jobs the same as enospc
+
+
+class Action(enum.Enum):
+    """What follows from an OnError, for one error."""
+
+    REPORT = "report"
+    IGNORE = "ignore"
+    STOP = "stop"
+
+
+def action_on(error: OSError, policy: OnError) -> Action:
+    """Return what a job with this policy does about an error."""
+    if policy in (OnError.ENOSPC, OnError.AUTO):
+        is_full = error.errno == errno.ENOSPC
+        return Action.STOP if is_full else Action.REPORT
+    return Action(policy.value)
+
+
+class Sync(enum.Enum):
+    """Which part of a disk a backup copies."""
+
+    FULL = "full"  # all of it
+    TOP = "top"  # what is allocated in the source
+    NONE = "none"  # what the guest overwrites from now on
+
+
+@dataclass(frozen=True)
+class BackupOptions:
+    """One backup. What is None is as the mount has it."""
+
+    device: str
+    target: Path
+    job_id: str
+    sync: Sync = Sync.FULL
+    # Bytes a second; 0 is as fast as it goes.
+    speed: int = 0
+    on_source_error: OnError = OnError.REPORT
+    on_target_error: OnError = OnError.REPORT
+    on_cbw_error: OnCbwError | None = None
+    cbw_timeout: float | None = None
+    workers: int = WORKERS
+    auto_finalize: bool = True
+    auto_dismiss: bool = True

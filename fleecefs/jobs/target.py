@@ -1,0 +1,287 @@
+"""Where a backup goes to: a raw file or a block device, checked, locked and opened.
+
+Everything here may block for as long as the target's storage likes to.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from fleecefs.block.bitmap import sync_directory
+from fleecefs.block.image import Image
+from fleecefs.block.raw import RawImage, lock_whole
+from fleecefs.errors import Busy, Error, NotUsable, Unsupported
+from fleecefs.units import MiB, format_size
+
+_ZEROES = bytes(1 * MiB)
+
+# ioctl_ficlonerange(2): struct file_clone_range, and _IOW(0x94, 13, …).
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("=qQQQ")
+
+
+class Target:
+    """An image that a job fills, and what is there already.
+
+    is_new    the job has made the file
+    is_blank  what the job has not written reads as zeroes
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        path: Path | None = None,
+        *,
+        is_new: bool = False,
+        is_blank: bool = False,
+    ) -> None:
+        self.size = image.size
+        self.path = path
+        self.is_new = is_new
+        self.is_blank = is_blank
+        self._image = image
+        # What has a descriptor of its own.
+        self._file = image if isinstance(image, RawImage) else None
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of it, or raise: written twice, it is the same."""
+        while data:
+            written = self._image.pwrite(data, offset)
+            data, offset = data[written:], offset + written
+
+    def punch(self, length: int, offset: int) -> None:
+        """Make a range read as zeroes, as a hole if there are any."""
+        try:
+            return self._image.discard(length, offset)
+        except Unsupported:
+            pass
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+        try:
+            return self._image.zero(length, offset)
+        except OSError as e:
+            # A device that has larger blocks than the source.
+            if e.errno != errno.EINVAL:
+                raise
+        end = offset + length
+        for at in range(offset, end, len(_ZEROES)):
+            self.write(memoryview(_ZEROES)[: end - at], at)
+
+    def empty(self) -> None:
+        """Drop what an existing file holds, if it can have holes."""
+        if self.is_blank or self._is_device:
+            return
+        with contextlib.suppress(Unsupported):
+            self._image.discard(self.size, 0)
+            self.is_blank = True
+
+    def clone(self, source: Image, length: int, offset: int) -> bool:
+        """Let the file system share a range of the source; False if it does not."""
+        if self._file is None or not isinstance(source, RawImage):
+            return False
+        what = _CLONE_RANGE.pack(source.fd, offset, length, offset)
+        try:
+            fcntl.ioctl(self._file.fd, _FICLONERANGE, what)
+        except OSError:
+            return False
+        return True
+
+    @property
+    def _is_device(self) -> bool:
+        return self._file is not None and stat.S_ISBLK(self._file.status().st_mode)
+
+    def flush(self) -> None:
+        """Make everything durable: data, size, and the name."""
+        self._image.flush()
+        if self._file is None or self.path is None:
+            return
+        os.fsync(self._file.fd)
+        if not self._is_device:
+            sync_directory(self.path.resolve().parent)
+
+    def remove(self) -> None:
+        """Remove the file if the job has made it, and it still is at its place."""
+        if not self.is_new or self.path is None or self._file is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self.path.stat(), self._file.status()):
+                self.path.unlink()
+                sync_directory(self.path.parent)
+
+    def allocated(self) -> int:
+        """Return the bytes of storage it occupies."""
+        return self._image.allocated()
+
+    def close(self) -> None:
+        self._image.close()
+
+
+class Surroundings:
+    """What a target must not be: our own.
+
+    sources       the status of each disk's source, by the disk's name
+    places        directories with files of ours
+    check_place   raises NotUsable for a path that leads to our mount
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, os.stat_result],
+        places: Sequence[Path],
+        check_place: Callable[[str], None] = lambda path: None,
+    ) -> None:
+        self._sources = sources
+        self._places = places
+        self._check_place = check_place
+
+    def check_path(self, path: Path) -> None:
+        """Raise NotUsable before a path is opened."""
+        if not path.is_absolute():
+            raise NotUsable(f"target {path}: give an absolute path")
+        try:
+            self._check_place(str(path))
+        except NotUsable:
+            raise NotUsable(
+                f"target {path}: is on the mount of its own source; put it elsewhere"
+            ) from None
+        real = Path(os.path.realpath(path))
+        for place in self._places:
+            if _is_within(real, place):
+                raise NotUsable(
+                    f"target {path}: lies among the files of fleecefs in {place}; "
+                    "put it elsewhere"
+                )
+
+    def check_status(self, path: Path, found: os.stat_result) -> None:
+        """Raise NotUsable for the source of a disk."""
+        for name, source in self._sources.items():
+            if _is_same(found, source) or _is_loop_of(found, source):
+                raise NotUsable(f"target {path}: is the source of disk {name!r}")
+
+
+def open_target(path: Path, size: int, surroundings: Surroundings) -> Target:
+    """Open and lock a target for a source of that size, or make it.
+
+    The error says what is wrong with it; then nothing has been changed.
+    """
+    try:
+        surroundings.check_path(path)
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return _create(path, size)
+        surroundings.check_status(path, found)
+        return _open(path, size, found)
+    except Error:
+        raise
+    except OSError as e:
+        raise OSError(e.errno, f"target {path}: {e.strerror}") from None
+
+
+def reopen_target(path: Path, size: int, *, is_new: bool) -> Target:
+    """Open a target again, for a job that goes on; it may hold anything by now."""
+    try:
+        target = _open(path, size, path.stat())
+    except Error:
+        raise
+    except OSError as e:
+        raise OSError(e.errno, f"target {path}: {e.strerror}") from None
+    target.is_new = is_new
+    return target
+
+
+def _open(path: Path, size: int, found: os.stat_result) -> Target:
+    is_device = stat.S_ISBLK(found.st_mode)
+    if not is_device and not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+        raise NotUsable(
+            f"target {path}: is {kind}; give a file, new or of "
+            f"{size} bytes, or a block device"
+        )
+    # Of a device only its one user can have it so (open(2)).
+    exclusive = os.O_EXCL if is_device else 0
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | exclusive)
+    except OSError as e:
+        if is_device and e.errno == errno.EBUSY:
+            raise _in_use(path) from None
+        raise
+    try:
+        if not os.path.samestat(os.fstat(fd), found):
+            raise NotUsable(f"target {path}: was replaced just now")
+        lock_whole(fd, str(_in_use(path)))
+        has = os.lseek(fd, 0, os.SEEK_END)
+        if has < size or (has > size and not is_device):
+            raise NotUsable(
+                f"target {path}: has {has} bytes ({format_size(has)}), and the disk "
+                f"{size} ({format_size(size)})"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return Target(RawImage(fd, size), path)
+
+
+def _create(path: Path, size: int) -> Target:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        raise NotUsable(
+            f"target {path}: there is no directory {path.parent}; make it"
+        ) from None
+    except FileExistsError:
+        raise NotUsable(f"target {path}: is a link that leads nowhere") from None
+    target = Target(RawImage(fd, size), path, is_new=True, is_blank=True)
+    try:
+        lock_whole(fd, str(_in_use(path)))
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+        sync_directory(path.parent)
+    except BaseException:
+        target.remove()
+        target.close()
+        raise
+    return target
+
+
+def _in_use(path: Path) -> Busy:
+    return Busy(f"target {path}: in use by another job or program")
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return os.path.samestat(one, other)
+
+
+def _is_loop_of(found: os.stat_result, source: os.stat_result) -> bool:
+    """Tell whether it is a loop device that shows the source."""
+    if not stat.S_ISBLK(found.st_mode):
+        return False
+    number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+    backing = Path("/sys/dev/block", number, "loop/backing_file")
+    try:
+        image = os.stat(os.fsdecode(backing.read_bytes()).removesuffix("\n"))
+    except OSError:
+        return False
+    return os.path.samestat(image, source)
+
+
+def _is_within(path: Path, directory: Path) -> bool:
+    """Tell whether a path leads into a directory, by identity."""
+    try:
+        wanted = directory.stat()
+    except FileNotFoundError:
+        return False
+    for part in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(part.stat(), wanted):
+                return True
+    return False
