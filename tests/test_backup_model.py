@@ -129,7 +129,7 @@ class Walked:
         self.copier._can_clone = self.machine.clones
         self.copier._target.clone = self.clone
         self.note = self.copier.todo.note
-        history.watchers.append(self.note)
+        history.watch(self.note)
         self.claimed, self.read, self.written = [], [], []
 
     def clone(self, source, length, offset):
@@ -140,13 +140,13 @@ class Walked:
         return True
 
     def die(self):
-        self.machine.disk.history.watchers.remove(self.note)
+        self.machine.disk.history.unwatch(self.note)
         # What is on the target may be more than what is known to be there.
         self.is_blank = False
         self.begin()
 
     def end(self):
-        self.machine.disk.history.watchers.remove(self.note)
+        self.machine.disk.history.unwatch(self.note)
         delete_snapshot(self.machine.disk, self.snapshot)
 
     @property

@@ -121,6 +121,9 @@ class Epoch:
         self._forget()
 
 
+# Called with clusters [first, stop).
+Watch = Callable[[int, int], None]
+
 # Clusters [first, stop), and the epoch that has them; None is the source.
 Run = tuple[int, int, Epoch | None]
 
@@ -137,8 +140,7 @@ class Loss(NamedTuple):
 class History:
     """The epochs of one disk, oldest first; guarded by the lock of its requests.
 
-    `broke` is called, without the lock, with each epoch whose snapshot broke and why;
-    each of `watchers` with the clusters [first, stop) that a write has preserved.
+    `broke` is called, without the lock, with each epoch whose snapshot broke and why.
     """
 
     def __init__(
@@ -155,7 +157,8 @@ class History:
         self.cluster_size = cluster_size
         self.timeout = timeout
         self.broke = broke
-        self.watchers: list[Callable[[int, int], None]] = []
+        # Replaced as a whole: writes call them without the lock.
+        self._watchers: tuple[Watch, ...] = ()
         self.epochs: list[Epoch] = []
         # Where writes preserve to; None while no snapshot needs them to.
         self.newest: Epoch | None = None
@@ -247,7 +250,7 @@ class History:
         if failure is not None:
             self._fail(copy.first, copy.stop, failure)
             return False
-        for watch in self.watchers:
+        for watch in self._watchers:
             watch(copy.first, copy.stop)
         if newest is not None:
             for first, stop in copy.unneeded:
@@ -389,6 +392,16 @@ class History:
         return needing
 
     # -- for readers
+
+    def watch(self, watch: Watch) -> None:
+        """Call it with the clusters [first, stop) that each write has preserved."""
+        with self.requests.lock:
+            self._watchers = (*self._watchers, watch)
+
+    def unwatch(self, watch: Watch) -> None:
+        """Call it no more, once writes that are calling it have done so."""
+        with self.requests.lock:
+            self._watchers = tuple(w for w in self._watchers if w != watch)
 
     def chain(self, epoch: Epoch) -> list[Epoch]:
         """Return the epochs a snapshot reads from, in order; hold the lock."""

@@ -94,10 +94,11 @@ class Record:
 
     def remove(self) -> None:
         """Forget the job: it does not go on."""
-        for path in self._told, self._now:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-        sync_directory(self._told.parent)
+        self._now.unlink(missing_ok=True)
+        # It may never have been made, nor the directory.
+        with contextlib.suppress(FileNotFoundError):
+            self._told.unlink()
+            sync_directory(self._told.parent)
 
 
 class BackupJob(Job):

@@ -126,9 +126,13 @@ class Todo:
     def note(self, first: int, stop: int) -> None:
         """Remember that a guest's write has preserved clusters. In any thread."""
         if len(self._preserved) == _NOTES_MAX:
-            self._has_forgotten = True
+            self._forget()
         self._preserved.append((first, stop))
         self.wake()
+
+    def _forget(self) -> None:
+        """Look at the bits again later, if nothing else will come to what is lost."""
+        self._has_forgotten = self._sync is Sync.NONE
 
     @property
     def is_noted(self) -> bool:
@@ -182,7 +186,7 @@ class Todo:
             where, stop = self._snapshot.locate(first, limit)
             if stop < noted_stop:
                 if len(self._preserved) == _NOTES_MAX:
-                    self._has_forgotten = True
+                    self._forget()
                 self._preserved.appendleft((stop, noted_stop))
             if where == "ram" or (also_on_disk and where != "source"):
                 return self._take(first, self._with_others(first, stop, limit))
@@ -206,7 +210,7 @@ class Todo:
         self._has_forgotten = False
         for found in self._snapshot.preserved_runs(self.left):
             if len(self._preserved) == _NOTES_MAX:
-                self._has_forgotten = True
+                self._forget()
                 return
             self._preserved.append(found)
 
@@ -364,7 +368,7 @@ class Copier:
         """Copy until nothing is left, with Sync.NONE for ever; raise what failed."""
         token = trio.lowlevel.current_trio_token()
         self.todo.wake = lambda: self._wake_from_thread(token)
-        self._history.watchers.append(self.todo.note)
+        self._history.watch(self.todo.note)
         try:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
@@ -373,7 +377,7 @@ class Copier:
                     nursery.start_soon(self._guard, self._work)
         finally:
             self._has_ended = True
-            self._history.watchers.remove(self.todo.note)
+            self._history.unwatch(self.todo.note)
         if self._error is not None:
             raise self._error
 

@@ -913,6 +913,23 @@ def test_what_is_copied_is_not_copied_again(web, content, target, monkeypatch):
     assert nothing_left(web)
 
 
+def test_what_is_half_shared_when_the_daemon_dies_is_made_good(host, target):
+    """A clone took newer data, where there was a hole, and nobody could tell."""
+    path = host.add("web.raw", b"")
+    with path.open("r+b") as file:
+        file.truncate(8 * CLUSTER)
+    host.open()
+    (job,) = create_backups(host.inventory, [wanted(target)])
+    host.write("web.raw", clusters("n"), CLUSTER)
+    job._target.write(memoryview(clusters("n")), CLUSTER)
+    die(host)
+    host.open()
+
+    trio.run(go_on, host)
+
+    assert target.read_bytes() == bytes(8 * CLUSTER)
+
+
 @pytest.mark.parametrize("crashes", [2, 5])
 def test_it_outlives_many_daemons(web, content, target, crashes):
     crash_in_the_middle(web, target)

@@ -56,7 +56,7 @@ def todo_of(disk, snapshot, sync=Sync.FULL, *, is_urgent=False):
     """Return a Todo that hears of the guest's writes, all surveyed."""
     todo = Todo(snapshot, sync, lambda: is_urgent)
     todo.surveyed = todo.count
-    disk.history.watchers.append(todo.note)
+    disk.history.watch(todo.note)
     return todo
 
 
@@ -189,6 +189,18 @@ def test_nothing_is_forgotten_when_too_much_is_to_be_remembered(monkeypatch):
     assert sorted(claimed) == sorted([*range(0, 64, 2), *range(1, 64, 4)])
 
 
+def test_a_disk_tier_with_more_than_can_be_remembered_comes_last_too(monkeypatch):
+    monkeypatch.setattr(copy, "_NOTES_MAX", 4)
+    disk = make_disk(clusters("a" * 64))
+    snapshot = take_private(disk, *tiers_of(disk, ram=0))
+    for index in range(0, 64, 2):
+        disk.write(clusters("b"), index * CLUSTER)
+
+    spans = claims(todo_of(disk, snapshot))
+
+    assert sorted(index for a, b in spans for index in range(a, b)) == [*range(64)]
+
+
 def test_what_could_not_be_read_comes_last_and_in_halves():
     disk = make_disk(clusters("a" * 600))
     todo = todo_of(disk, take_private(disk))
@@ -255,6 +267,67 @@ async def test_nothing_is_read_where_there_is_a_hole():
 
     assert gate.length == 4096
     assert job.image.written == [(5 << 20, 4096)]
+
+
+@pytest.mark.parametrize("sync", [Sync.FULL, Sync.TOP])
+async def test_a_hole_that_is_a_part_of_a_cluster_is_copied_with_it(sync):
+    source = MemoryImage(8 * 16384)
+    for page in (0, 7, 8, 13, 31):
+        source.pwrite(b"x" * 4096, page * 4096)
+    disk = make_disk(source=source, cluster_size=16384)
+    job = CopyJob(disk, MemoryImage(disk.size, b"o" * disk.size), sync=sync)
+
+    await job.live()
+
+    data = bytes(source.data)
+    if sync is Sync.TOP:
+        # Clusters 4, 5 and 6 have no data.
+        data = data[: 4 * 16384] + b"o" * (3 * 16384) + data[7 * 16384 :]
+    assert job.result == data
+
+
+class Sharing:
+    """What a file system does that shares; `meanwhile` comes before it is done."""
+
+    def __init__(self, job):
+        self.job = job
+        self.shared = 0
+        self.meanwhile = []
+        job.target.clone = self
+
+    def __call__(self, source, length, offset):
+        for call in self.meanwhile:
+            call()
+        self.meanwhile = []
+        self.job.image.pwrite(source.pread(length, offset), offset)
+        self.shared += length
+        return True
+
+
+async def test_what_is_on_the_source_is_shared_if_that_is_possible():
+    disk = make_disk(clusters("a" * 600 + "..bb"))
+    job = CopyJob(disk)
+    disk.write(clusters("nn"), 300 * CLUSTER)
+    sharing = Sharing(job)
+
+    await job.live()
+
+    assert job.result == clusters("a" * 600 + "..bb")
+    # At least all chunks without what was overwritten.
+    assert 300 * CLUSTER <= sharing.shared <= disk.size - 2 * CLUSTER
+
+
+@pytest.mark.parametrize("letter", "a.")
+async def test_what_was_overwritten_before_it_was_shared_is_copied_again(letter):
+    disk = make_disk(clusters(letter * 600))
+    job = CopyJob(disk, workers=1)
+    sharing = Sharing(job)
+    # Also where it was zeroes and the target would not need any.
+    sharing.meanwhile = [lambda: disk.write(clusters("nn"), 10 * CLUSTER)]
+
+    await job.live()
+
+    assert job.result == clusters(letter * 600)
 
 
 class Reading:
