@@ -403,7 +403,7 @@ def test_a_terminal_gets_bars(daemon, backups):
         "from fleecefs.cli import main;"
         "from fleecefs.state.runtime import RunningMount;"
         f"mounts = [RunningMount({daemon.mount!r}, {daemon.path!r}, 0)];"
-        "patch('fleecefs.state.runtime.running_mounts', lambda *wanted: mounts).start();"
+        "patch('fleecefs.state.runtime.running_mounts', lambda *_: mounts).start();"
         "main(sys.argv[1:])"
     )
     words = ["backup", "web.raw", "/backup/web.raw"]
