@@ -211,18 +211,31 @@ def test_a_second_write_waits_for_the_reader_that_the_first_one_waits_for(scene)
     assert content(scene.snapshot) == "abcd"
 
 
-def test_a_search_for_holes_in_a_snapshot_holds_writes(scene):
-    search = scene.source.hold("find_data")
+@pytest.mark.parametrize("operation", ["find_data", "find_hole"])
+def test_a_search_for_holes_in_a_snapshot_does_not_hold_writes(scene, operation):
+    search = scene.source.hold(operation)
     searcher = Running(scene.snapshot.find_hole, 0)
     search.wait_arrived()
 
-    writer = Running(scene.disk.discard, CLUSTER, 0)
+    scene.disk.discard(CLUSTER, 0)
 
-    scene.wait_waiting(writer)
+    assert scene.on_source == ".bcd"
     search.release()
     assert searcher.result() == SIZE
-    writer.result()
-    assert scene.on_source == ".bcd"
+
+
+def test_a_search_for_data_in_a_snapshot_does_not_see_what_is_written_meanwhile(scene):
+    scene.disk.discard(SIZE, 0)
+    snapshot = take_snapshot(scene.disk)
+    search = scene.source.hold("find_data")
+    searcher = Running(snapshot.find_data, 0)
+    search.wait_arrived()
+
+    scene.write("X", 2).result()
+
+    assert scene.on_source == "..X."
+    search.release()
+    assert searcher.result() == SIZE
 
 
 def test_a_reader_of_a_deleted_snapshot_does_not_hold_writes(scene):

@@ -6,7 +6,6 @@ proof that this is exact is in epoch.py.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import get_ident
 from uuid import UUID
 
@@ -19,7 +18,7 @@ from fleecefs.block.image import mapped_at
 from fleecefs.block.store import runs
 from fleecefs.errors import ReadOnly, SnapshotLost
 
-# A search for the next data or hole holds writers of the part it looks at.
+# A search for the next data or hole holds up writers while it looks at the bits.
 _SEARCH_SIZE_MAX = 1 << 30
 
 
@@ -46,6 +45,9 @@ class Snapshot:
         self._source = history.source
         self._cluster_size = history.cluster_size
         self._shift = history.cluster_size.bit_length() - 1
+        # What the source was found to be last. A search may take as long as the data
+        # (tmpfs), and of one that is overwritten here and there each run asks.
+        self._known = Mapped(0, 0, "none")
 
     @property
     def lost(self) -> str | None:
@@ -213,34 +215,38 @@ class Snapshot:
             offset = mapped.end
 
     def _mapped(self, offset: int, end: int) -> Mapped:
-        shift = self._shift
-        end = min(end, offset + _SEARCH_SIZE_MAX)
-        first, stop = offset >> shift, ((end - 1) >> shift) + 1
-        with self._reading(first, stop) as (epoch, run_stop):
-            end = min(run_stop << shift, end)
-            if epoch is None:
-                return mapped_at(self._source, offset, end)
-            tier, tier_stop = epoch.store.locate(first, run_stop)
-            end = min(tier_stop << shift, end)
-            return Mapped(offset, end - offset, "none" if tier is None else tier.name)
+        """Return what it is at offset, up to where that changes, or before.
 
-    @contextmanager
-    def _reading(self, first: int, stop: int) -> Iterator[tuple[Epoch | None, int]]:
-        """Find who has the first clusters; inside, the source stays as it is."""
-        requests, history = self._requests, self._history
-        with requests.lock:
+        The source is asked without holding back writers, and before the look at the
+        bits: what nobody has overwritten by then was as it is now when it was asked.
+        """
+        end = min(end, offset + _SEARCH_SIZE_MAX)
+        first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
+        known = self._known
+        while True:
+            epoch, run_stop = self._holder(first, stop)
+            if epoch is not None or known.offset <= offset < known.end:
+                break
+            known = self._known = mapped_at(self._source, offset, self.size)
+        where = known.where
+        if epoch is None:
+            end = min(known.end, run_stop << self._shift, end)
+        else:
+            tier, run_stop = epoch.store.locate(first, run_stop)
+            end = min(run_stop << self._shift, end)
+            where = "none" if tier is None else tier.name
+        self._check(first, run_stop)
+        return Mapped(offset, end - offset, where)
+
+    def _holder(self, first: int, stop: int) -> tuple[Epoch | None, int]:
+        """Return who has a cluster, None is the source, and until which one."""
+        history = self._history
+        with self._requests.lock:
             self._check(first, first + 1)
             if self.epoch.denied is not None:
                 # What was discarded is no hole.
                 stop = next_set(self.epoch.denied, first, stop)
-            epoch, stop = history.holder(history.chain(self.epoch), first, stop)
-            if epoch is None:
-                requests.readers[get_ident()] = ([(first, stop)], self.epoch)
-        try:
-            yield epoch, stop
-        finally:
-            self._unregister()
-        self._check(first, stop)
+            return history.holder(history.chain(self.epoch), first, stop)
 
     def find_data(self, offset: int) -> int:
         """Return where data is next at or after offset, or the size."""

@@ -285,21 +285,36 @@ def test_a_map_ends_at_the_end(snapshot):
     assert mapped(snapshot, SIZE, SIZE + 1) == []
 
 
-def test_a_search_looks_at_a_part_at_a_time(disk, snapshot, monkeypatch):
+def test_a_search_looks_at_a_part_at_a_time(snapshot, monkeypatch):
     monkeypatch.setattr(snapshot_module, "_SEARCH_SIZE_MAX", CLUSTER)
-    registered = []
-    find_data = disk.source.image.find_data
-    disk.source.image.find_data = lambda offset: (
-        registered.extend(runs for runs, _ in disk.requests.readers.values())
-        or find_data(offset)
-    )
 
     assert mapped(snapshot, 0, 2 * CLUSTER) == [
         (0, CLUSTER, "source"),
         (CLUSTER, CLUSTER, "source"),
     ]
 
-    assert registered == [[(0, 1)], [(1, 2)]]
+
+def test_a_map_of_what_is_overwritten_here_and_there_asks_the_source_once(
+    disk, snapshot, monkeypatch
+):
+    asked = []
+    find_hole = disk.source.image.find_hole
+    monkeypatch.setattr(
+        disk.source.image,
+        "find_hole",
+        lambda offset: asked.append(offset) or find_hole(offset),
+    )
+    disk.write(clusters("X"), CLUSTER)
+    disk.discard(CLUSTER, 3 * CLUSTER)
+
+    found = [where for _, _, where in mapped(snapshot, 0, SIZE)]
+    again = [where for _, _, where in mapped(snapshot, 0, SIZE)]
+
+    assert len(found) > 3
+    assert "none" not in found
+    assert "source" in found
+    assert found == again
+    assert asked == [0]
 
 
 def test_searches_find_data_and_holes():
