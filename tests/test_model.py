@@ -41,6 +41,9 @@ from tests.support.faulty import Faulty
 from tests.support.model import DiskModel
 from tests.support.running import WatchedRequests
 
+# In which the images of these tests allocate.
+PAGE = 4096
+
 SIZE_MAX = 40_000
 SNAPSHOTS_MAX = 5
 
@@ -484,6 +487,14 @@ class DisksAndSnapshots(RuleBasedStateMachine):
             assert part.is_data or not any(frozen.data[part.offset : part.end])
         data = next((part.offset for part in parts if part.is_data), end)
         hole = next((part.offset for part in parts if not part.is_data), end)
+        if frozen.snapshot.cluster_size < PAGE:
+            # What is written next to a hole may have made data of it since.
+            with suppress(SnapshotLost):
+                assert not any(frozen.data[offset : frozen.snapshot.find_data(offset)])
+            with suppress(SnapshotLost):
+                found = frozen.snapshot.find_hole(offset)
+                assert not any(frozen.data[found : found + 1])
+            return
         if data < end:
             assert frozen.snapshot.find_data(offset) == data
         if hole < end:

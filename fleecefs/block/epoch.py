@@ -124,8 +124,8 @@ class Epoch:
 # Called with clusters [first, stop).
 Watch = Callable[[int, int], None]
 
-# Clusters [first, stop), and the epoch that has them; None is the source.
-Run = tuple[int, int, Epoch | None]
+# The bits of some clusters: those on the source, and those that an epoch has.
+Split = tuple[bitarray, list[tuple[Epoch, bitarray]]]
 
 
 class Loss(NamedTuple):
@@ -419,12 +419,16 @@ class History:
                 stop = found
         return None, stop
 
-    def runs(self, chain: list[Epoch], first: int, stop: int) -> Iterator[Run]:
-        """Yield runs of clusters and the epoch that has them; None is the source."""
-        while first < stop:
-            epoch, end = self.holder(chain, first, stop)
-            yield first, end, epoch
-            first = end
+    @staticmethod
+    def split(chain: list[Epoch], first: int, stop: int) -> Split:
+        """Return who has which of the clusters, the source and epochs, as bits."""
+        on_source = ~chain[0].preserved[first:stop]
+        parts = [(chain[0], ~on_source)]
+        for epoch in chain[1:]:
+            found = epoch.preserved[first:stop] & on_source
+            parts.append((epoch, found))
+            on_source &= ~found
+        return on_source, [(epoch, bits) for epoch, bits in parts if bits.any()]
 
     # -- for the control path
 

@@ -12,7 +12,7 @@ from uuid import UUID
 from bitarray import bitarray
 
 from fleecefs.block.bitmap import next_set
-from fleecefs.block.epoch import Epoch, History, Run
+from fleecefs.block.epoch import Epoch, History, Split
 from fleecefs.block.extent import Mapped, clip
 from fleecefs.block.image import mapped_at
 from fleecefs.block.store import runs
@@ -83,7 +83,7 @@ class Snapshot:
         self._check(first, stop)
         return data
 
-    def _plan(self, first: int, stop: int) -> list[Run] | None:
+    def _plan(self, first: int, stop: int) -> Split | None:
         """Find where each cluster is, and register as a reader of those on the source.
 
         Returns None if all of them are. One look under one lock: with the epochs of an
@@ -97,8 +97,11 @@ class Snapshot:
             chain = history.chain(self.epoch)
             for epoch in chain:
                 if epoch.preserved.find(1, first, stop) >= 0:
-                    plan = list(history.runs(chain, first, stop))
-                    on_source = [(run[0], run[1]) for run in plan if run[2] is None]
+                    plan = history.split(chain, first, stop)
+                    on_source = [
+                        (first + a, first + b)
+                        for a, b in runs(plan[0], 0, stop - first)
+                    ]
                     break
             if on_source:
                 requests.readers[get_ident()] = (on_source, self.epoch)
@@ -121,24 +124,28 @@ class Snapshot:
             requests.readers.pop(get_ident(), None)
             requests.changed()
 
-    def _read_mixed(self, length: int, offset: int, plan: list[Run]) -> memoryview:
+    def _read_mixed(self, length: int, offset: int, plan: Split) -> memoryview:
         """Read what is still on the source in one go, and the rest over it."""
-        end = offset + length
-        shift = self._shift
+        data = memoryview(bytearray(length))
+        on_source, preserved = plan
         try:
-            data = memoryview(bytearray(length))
-            on_source = [run for run in plan if run[2] is None]
-            if on_source:
-                start = max(on_source[0][0] << shift, offset)
-                until = min(on_source[-1][1] << shift, end)
-                self._source.pread_into(data[start - offset : until - offset], start)
+            self._read_source(data, offset, on_source)
         finally:
             self._unregister()
-        for first, stop, epoch in plan:
-            if epoch is not None:
-                start, until = max(first << shift, offset), min(stop << shift, end)
-                epoch.store.read_into(data[start - offset : until - offset], start)
+        for epoch, bits in preserved:
+            epoch.store.read_into(data, offset, offset >> self._shift, bits)
         return data
+
+    def _read_source(self, buffer: memoryview, offset: int, bits: bitarray) -> None:
+        """Fill a buffer from the first of these clusters to the last."""
+        begin = bits.find(1)
+        if begin < 0:
+            return
+        first, shift = offset >> self._shift, self._shift
+        start = max((first + begin) << shift, offset)
+        last = first + bits.find(1, right=True)
+        end = min((last + 1) << shift, offset + len(buffer))
+        self._source.pread_into(buffer[start - offset : end - offset], start)
 
     # -- for jobs
 
@@ -148,30 +155,24 @@ class Snapshot:
         They may overwrite the source meanwhile; see epoch.py for why that does no harm.
         Raises SnapshotLost if the snapshot is broken or deleted, also while reading.
         """
-        end = offset + len(buffer)
-        first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
-        on_source = [run for run in self._runs(first, stop) if run[2] is None]
-        if on_source:
-            start = on_source[0][0] << self._shift
-            until = min(on_source[-1][1] << self._shift, end)
-            self._source.pread_into(buffer[start - offset : until - offset], start)
-        for run_first, run_stop, epoch in self._runs(first, stop):
-            if epoch is not None:
-                start, until = run_first << self._shift, run_stop << self._shift
-                part = buffer[start - offset : min(until, end) - offset]
-                epoch.store.read_into(part, start)
+        first = offset >> self._shift
+        stop = ((offset + len(buffer) - 1) >> self._shift) + 1
+        on_source, _ = self._split(first, stop)
+        self._read_source(buffer, offset, on_source)
+        for epoch, bits in self._split(first, stop)[1]:
+            epoch.store.read_into(buffer, offset, first, bits)
         self._check(first, stop)
 
     def is_on_source(self, first: int, stop: int) -> bool:
         """Tell whether none of the clusters has been overwritten until now."""
-        return [run[2] for run in self._runs(first, stop)] == [None]
+        return bool(self._split(first, stop)[0].all())
 
-    def _runs(self, first: int, stop: int) -> list[Run]:
+    def _split(self, first: int, stop: int) -> Split:
         """Return where the clusters are just now."""
         history = self._history
         with self._requests.lock:
             self._check(first, stop)
-            return list(history.runs(history.chain(self.epoch), first, stop))
+            return history.split(history.chain(self.epoch), first, stop)
 
     def locate(self, first: int, stop: int) -> tuple[str, int]:
         """Return where a cluster is just now, as Mapped does, and where its run ends.

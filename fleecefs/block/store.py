@@ -16,9 +16,17 @@ from collections.abc import Callable, Iterator
 from bitarray import bitarray
 
 from fleecefs.block.bitmap import next_set
+from fleecefs.block.extent import Extent
 from fleecefs.block.image import Image
 from fleecefs.errors import NoSpace, Unsupported
 from fleecefs.killpoint import reached
+
+# So many parts of a tier are read with what is between them: a call for each would take
+# longer.
+_SCATTERED = 4
+
+# Runs are freed with what is between them, if that is no more.
+_GAP_SIZE_MAX = 1 << 20
 
 # A run is read whole before it is written again: this much memory at most.
 COPY_SIZE_MAX = 1 << 20
@@ -123,13 +131,27 @@ class Tier:
                     self._budget.give(before * self._cluster_size)
         return True
 
+    def read_into(self, buffer: memoryview, offset: int, parts: list[Extent]) -> None:
+        """Fill parts of a buffer, that of [offset, ...)."""
+        if len(parts) < _SCATTERED:
+            for part in parts:
+                at = part.offset - offset
+                self.image.pread_into(buffer[at : at + part.length], part.offset)
+            return
+        begin = parts[0].offset
+        data = memoryview(self.image.pread(parts[-1].end - begin, begin))
+        for part in parts:
+            at = part.offset - offset
+            found = part.offset - begin
+            buffer[at : at + part.length] = data[found : found + part.length]
+
     def free(self, first: int, stop: int) -> None:
         """Forget the clusters in [first, stop) that are here and give back space.
 
-        Nobody reads them any more. The space goes first: a crash in between leaves
-        bits, by which it is found.
+        Nobody reads any of [first, stop) any more, nor needs what is being put there.
+        The space goes first: a crash in between leaves bits, by which it is found.
         """
-        for start, end in runs(self.bits, first, stop):
+        for start, end in self._near_runs(first, stop):
             if self._dropped:
                 return
             try:
@@ -137,6 +159,20 @@ class Tier:
                 reached("free.discarded")
             finally:
                 self._clear(start, end)
+
+    def _near_runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield runs of clusters that are here, or few of them are not."""
+        gap = max(1, _GAP_SIZE_MAX // self._cluster_size)
+        start = end = -1
+        for next_start, next_end in runs(self.bits, first, stop):
+            if start >= 0 and next_start - end > gap:
+                yield start, end
+                start = next_start
+            elif start < 0:
+                start = next_start
+            end = next_end
+        if start >= 0:
+            yield start, end
 
     def hand_over(self, first: int, stop: int) -> None:
         """Forget clusters that another tier has now, and give back their space."""
@@ -230,21 +266,32 @@ class Store:
         if not last.put(data, first, stop):
             raise NoSpace("the store has reached its limit")
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer from preserved clusters, whichever tier has them."""
-        size = self._cluster_size
-        end = offset + len(buffer)
-        position, stop = offset, -(-end // size)
-        while position < end:
-            cluster = position // size
-            tier, run_stop = self.locate(cluster, stop)
-            part_end = min(run_stop * size, end)
-            part = buffer[position - offset : part_end - offset]
-            if tier is None:
-                part[:] = bytes(len(part))
-            else:
-                tier.image.pread_into(part, position)
-            position = part_end
+    def read_into(
+        self, buffer: memoryview, offset: int, first: int, clusters: bitarray
+    ) -> None:
+        """Fill parts of a buffer, that of [offset, ...), with preserved clusters.
+
+        Those are the set bits, counted from `first`; they may be in any tier.
+        """
+        begin, end = offset, offset + len(buffer)
+
+        def parts(bits: bitarray) -> list[Extent]:
+            size = self._cluster_size
+            found = []
+            for start, stop in runs(bits, 0, len(bits)):
+                at = max((first + start) * size, begin)
+                found.append(Extent(at, min((first + stop) * size, end) - at))
+            return found
+
+        rest = clusters
+        for tier in self.tiers:
+            here = tier.bits[first : first + len(rest)] & rest
+            if here.any():
+                tier.read_into(buffer, offset, parts(here))
+                rest = rest & ~here
+        for zeroes in parts(rest):
+            at = zeroes.offset - offset
+            buffer[at : at + zeroes.length] = bytes(zeroes.length)
 
     def locate(self, cluster: int, stop: int) -> tuple[Tier | None, int]:
         """Return the tier that has a cluster and where its run ends."""

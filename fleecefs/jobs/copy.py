@@ -29,6 +29,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -77,6 +78,7 @@ class Chunk:
         "is_urgent",
         "length",
         "offset",
+        "seconds",
         "stop",
     )
 
@@ -90,6 +92,8 @@ class Chunk:
         self.is_urgent = False
         # The target may hold newer data here: zeroes have to be written too.
         self.is_spoiled = False
+        # How long it took to copy.
+        self.seconds = 0.0
 
 
 class Todo:
@@ -144,19 +148,42 @@ class Todo:
         size = self._cluster_size
         return min(stop * size, self._snapshot.size) - first * size
 
+    def claim_some(self) -> list[Chunk]:
+        """Take what one thread is to copy in one go; nothing if there is nothing.
+
+        Small chunks come together, as it takes longer to reach a thread than to copy
+        one. What is tried again comes alone.
+        """
+        chunks: list[Chunk] = []
+        room = CHUNK_SIZE_MAX
+        while room > 0:
+            chunk = self._claim_first_time()
+            if chunk is None:
+                break
+            chunks.append(chunk)
+            room -= chunk.length
+        if not chunks and self._postponed:
+            chunks.append(self._claim_postponed())
+        return chunks
+
     def claim(self) -> Chunk | None:
         """Take what is to be copied next; None if there is nothing just now.
 
         Raises SnapshotLost if the snapshot is broken.
         """
+        chunk = self._claim_first_time()
+        if chunk is None and self._postponed:
+            chunk = self._claim_postponed()
+        return chunk
+
+    def _claim_first_time(self) -> Chunk | None:
         if self._sync is Sync.NONE:
-            return self._claim_preserved(also_on_disk=True) or self._claim_postponed()
+            return self._claim_preserved(also_on_disk=True)
         return (
             self._claim_urgent()
             or self._claim_next()
             or self._claim_preserved()
             or self._claim_last()
-            or self._claim_postponed()
         )
 
     def _claim_urgent(self) -> Chunk | None:
@@ -167,9 +194,9 @@ class Todo:
             chunk.is_urgent = True
         return chunk
 
-    def count_time(self, chunk: Chunk, seconds: float) -> None:
+    def count_time(self, chunk: Chunk) -> None:
         """Let what is urgent, and the rest, have as much time as the other."""
-        change = seconds if chunk.is_urgent else -seconds
+        change = chunk.seconds if chunk.is_urgent else -chunk.seconds
         bound = _FAIR_SECONDS_MAX
         self._urgent_seconds = min(bound, max(-bound, self._urgent_seconds + change))
 
@@ -235,9 +262,7 @@ class Todo:
         self._last_cursor = chunk.stop
         return chunk
 
-    def _claim_postponed(self) -> Chunk | None:
-        if not self._postponed:
-            return None
+    def _claim_postponed(self) -> Chunk:
         chunk = self._chunk(*self._postponed.popleft())
         chunk.is_retry = True
         return chunk
@@ -394,9 +419,9 @@ class Copier:
     async def _work(self) -> None:
         while True:
             await self._turn()
-            chunk = self.todo.claim()
-            if chunk is not None:
-                await self._copy(chunk)
+            chunks = self.todo.claim_some()
+            if chunks:
+                await self._copy(chunks)
             elif self._is_done:
                 self._wake()
                 return
@@ -434,46 +459,51 @@ class Copier:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def _copy(self, chunk: Chunk) -> None:
-        """Copy one chunk, as often as the policies for errors want it."""
-        job = self._job
+    async def _copy(self, chunks: list[Chunk]) -> None:
+        """Copy some chunks, as often as the policies for errors want it."""
+        job, is_retry = self._job, chunks[0].is_retry
+        length = sum(chunk.length for chunk in chunks)
         self._in_flight += 1
         try:
-            if self._sync is Sync.NONE and not chunk.is_retry:
-                job.progress.remaining += chunk.length
-            if chunk.is_retry:
+            if self._sync is Sync.NONE and not is_retry:
+                job.progress.remaining += length
+            if is_retry:
                 await trio.sleep(RETRY_SECONDS)
                 await self._turn()
-            job.limit.charge(chunk.length)
-            while not await self._try(chunk):
+            job.limit.charge(length)
+            while not await self._try(chunks):
                 await trio.sleep(RETRY_SECONDS)
                 await self._turn()
         finally:
             self._in_flight -= 1
-            if not self._in_flight or chunk.is_retry:
+            if not self._in_flight or is_retry:
                 self._wake()
 
-    async def _try(self, chunk: Chunk) -> bool:
-        """Copy, read again later, or return False to write again."""
-        begin = time.monotonic()
-        try:
-            with self._job.in_flight():
-                await self._in_thread(lambda: self._copy_chunk(chunk))
-        except SnapshotLost:
-            raise
-        except OSError as e:
-            is_read = chunk.buffer is None
-            await self._on_error(e, is_read=is_read)
-            if not is_read:
-                return False
-            self.todo.postpone(chunk)
-            self._wake()
-            return True
-        if chunk.buffer is not None:
-            self._buffers.append(chunk.buffer)
-        self.todo.count_time(chunk, time.monotonic() - begin)
-        self._job.progress.advance(chunk.length)
+    async def _try(self, chunks: list[Chunk]) -> bool:
+        """Copy; what can not be read comes later. False if a write is due again."""
+        while chunks:
+            done: list[Chunk] = []
+            try:
+                with self._job.in_flight():
+                    await self._in_thread(partial(self._copy_chunks, chunks, done))
+            except SnapshotLost:
+                raise
+            except OSError as e:
+                self._count(done)
+                is_read = chunks[0].buffer is None
+                await self._on_error(e, is_read=is_read)
+                if not is_read:
+                    return False
+                self.todo.postpone(chunks.pop(0))
+                self._wake()
+            else:
+                self._count(done)
         return True
+
+    def _count(self, done: list[Chunk]) -> None:
+        for chunk in done:
+            self.todo.count_time(chunk)
+            self._job.progress.advance(chunk.length)
 
     async def _on_error(self, error: OSError, *, is_read: bool) -> None:
         if self._is_last:
@@ -496,6 +526,15 @@ class Copier:
 
     # -- in threads
 
+    def _copy_chunks(self, chunks: list[Chunk], done: list[Chunk]) -> None:
+        """Copy, and move what is copied to `done`; what fails stays the first."""
+        while chunks and not self._has_ended:
+            chunk = chunks[0]
+            begin = time.monotonic()
+            self._copy_chunk(chunk)
+            chunk.seconds = time.monotonic() - begin
+            done.append(chunks.pop(0))
+
     def _copy_chunk(self, chunk: Chunk) -> None:
         if chunk.buffer is None:
             if self._can_clone and self._clone(chunk):
@@ -510,6 +549,8 @@ class Copier:
         reached("job.written")
         self._release(chunk.first, chunk.stop)
         reached("job.released")
+        self._buffers.append(chunk.buffer)
+        chunk.buffer = None
 
     def _read(self, chunk: Chunk) -> bytearray:
         try:

@@ -5,6 +5,7 @@ that meet.
 """
 
 import errno
+from itertools import combinations
 
 import pytest
 from bitarray import bitarray
@@ -870,20 +871,23 @@ def test_the_holder_is_the_first_epoch_that_has_a_cluster():
         for number, text in enumerate(texts)
     ]
     history = make_disk(clusters("a")).history
+    holders = [None, 0, 1, 2, None, None, 1, 1]
 
-    found = [
-        (first, stop, epoch and epoch.number)
-        for first, stop, epoch in history.runs(chain, 0, 8)
-    ]
+    for first, stop in combinations(range(9), 2):
+        found = [None] * (stop - first)
+        on_source, parts = history.split(chain, first, stop)
+        for epoch, bits in parts:
+            assert bits.any()
+            for cluster in bits.search(1):
+                assert found[cluster] is None
+                found[cluster] = epoch.number
 
-    assert found == [
-        (0, 1, None),
-        (1, 2, 0),
-        (2, 3, 1),
-        (3, 4, 2),
-        (4, 6, None),
-        (6, 8, 1),
-    ]
+        assert found == holders[first:stop]
+        assert [number is None for number in found] == [bit == 1 for bit in on_source]
+        epoch, end = history.holder(chain, first, stop)
+        assert (epoch and epoch.number) == holders[first]
+        assert set(holders[first:end]) == {holders[first]}
+        assert end == stop or holders[end] != holders[first]
 
 
 def test_nothing_expires_where_nothing_is_copied(story):

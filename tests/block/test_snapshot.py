@@ -308,13 +308,12 @@ def test_a_map_of_what_is_overwritten_here_and_there_asks_the_source_once(
     disk.discard(CLUSTER, 3 * CLUSTER)
 
     found = [where for _, _, where in mapped(snapshot, 0, SIZE)]
-    again = [where for _, _, where in mapped(snapshot, 0, SIZE)]
 
     assert len(found) > 3
     assert "none" not in found
-    assert "source" in found
-    assert found == again
-    assert asked == [0]
+    assert found.count("source") > 1
+    # And once behind the hole that there is now.
+    assert asked == [0, 4 * CLUSTER]
 
 
 def test_searches_find_data_and_holes():

@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+from bitarray import bitarray
 
 from fleecefs.block import store as store_module
 from fleecefs.block.memory import MemoryImage
@@ -39,8 +40,10 @@ def make_store(*tiers):
 
 
 def read(store, length=SIZE, offset=0):
+    first, stop = offset // CLUSTER, -(-(offset + length) // CLUSTER)
     buffer = bytearray(b"?" * length)
-    store.read_into(memoryview(buffer), offset)
+    bits = bitarray("1" * (stop - first), endian="little")
+    store.read_into(memoryview(buffer), offset, first, bits)
     return bytes(buffer)
 
 

@@ -4,6 +4,7 @@ import os
 from uuid import UUID
 
 import pytest
+from bitarray import bitarray
 
 from fleecefs.block.epoch import OnCbwError
 from fleecefs.block.store import Budget
@@ -55,7 +56,8 @@ def keep(epoch, text, first=0):
 def kept(epoch):
     """Return what the store has; zeroes for what it has not."""
     data = bytearray(COUNT * CLUSTER)
-    epoch.store.read_into(memoryview(data), 0)
+    everything = bitarray("1" * COUNT, endian="little")
+    epoch.store.read_into(memoryview(data), 0, 0, everything)
     return letters(data)
 
 
