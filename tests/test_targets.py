@@ -119,9 +119,7 @@ def test_a_slow_target_is_shown_as_slow(mount, targets):
     ],
 )
 @pytest.mark.logs("job web.raw pauses: write failed")
-def test_a_job_pauses_for_an_error_and_goes_on(
-    mount, targets, code, policy, io_status
-):
+def test_a_job_pauses_for_an_error_and_goes_on(mount, targets, code, policy, io_status):
     target = targets(*FAILING, f"error-pwrite={code}")
     target.failing.touch()
 

@@ -9,7 +9,8 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fleecefs.block.bitmap import sync_directory
@@ -47,6 +48,26 @@ class Target:
         self._image = image
         # What has a descriptor of its own.
         self._file = image if isinstance(image, RawImage) else None
+        self._lock = threading.Lock()
+        # How many threads are busy with it, also abandoned ones.
+        self.users = 0
+        self._is_closing = False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep it open meanwhile: for a thread that may hang in it."""
+        with self._lock:
+            if self._is_closing:
+                raise OSError(errno.EBADF, "the target is closed")
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.users -= 1
+                is_last = self._is_closing and not self.users
+            if is_last:
+                self._image.close()
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of it, or raise: written twice, it is the same."""
@@ -119,7 +140,12 @@ class Target:
         return self._image.allocated()
 
     def close(self) -> None:
-        self._image.close()
+        """Let go of it; the last thread that is busy with it closes it."""
+        with self._lock:
+            self._is_closing = True
+            is_unused = not self.users
+        if is_unused:
+            self._image.close()
 
 
 class Surroundings:
