@@ -23,9 +23,9 @@ from tests.support.jobs import (
 )
 from tests.support.mount import filesystem, run, wait_until
 from tests.support.nbd import NbdTarget, require_nbd
-from tests.support.walk import noise, write
+from tests.support.walk import noise
 
-SIZE = 12 * MiB
+SIZE = 6 * MiB
 
 # 5 MB/s; without this what comes in the first two seconds is not counted.
 SLOW = "rate", "rate=40M", "burstiness=0.1"
@@ -97,25 +97,14 @@ def test_the_guest_does_not_wait_for_a_slow_target(mount, targets):
     check_copies(mount, target)
 
 
-def test_a_slow_target_is_shown_as_slow(mount, targets):
-    target = targets(*SLOW)
-
-    text = output_of(mount, "backup", "web.raw", target.path)
-
-    assert text.startswith("job web.raw completed: 12 MiB in ")
-    assert 2.0 < job_of(mount)["elapsed"]
-
-
 # -- failing
 
 
 @pytest.mark.parametrize(
     ("code", "policy", "io_status"),
     [
-        pytest.param("ENOSPC", "stop", "nospace", id="stop-full"),
         pytest.param("EIO", "stop", "failed", id="stop-failed"),
         pytest.param("ENOSPC", "enospc", "nospace", id="enospc-full"),
-        pytest.param("ENOSPC", "auto", "nospace", id="auto-full"),
     ],
 )
 @pytest.mark.logs("job web.raw pauses: write failed")
@@ -152,22 +141,14 @@ def test_a_job_pauses_for_an_error_and_goes_on(mount, targets, code, policy, io_
     check_copies(mount, target)
 
 
-@pytest.mark.parametrize(
-    ("code", "policy"),
-    [
-        pytest.param("EIO", "report", id="report"),
-        pytest.param("EIO", "enospc", id="enospc"),
-    ],
-)
 @pytest.mark.logs("job web.raw failed: Input/output error")
-def test_a_job_fails_for_an_error(mount, targets, code, policy):
-    target = targets(*FAILING, f"error-pwrite={code}")
+def test_a_job_fails_for_an_error(mount, targets):
+    target = targets(*FAILING, "error-pwrite=EIO")
     target.failing.touch()
 
     with mount.events() as events:
         told = error_of(
-            *(mount, "backup", "web.raw", target.path),
-            f"--on-target-error={policy}",
+            mount, "backup", "web.raw", target.path, "--on-target-error=enospc"
         )
 
     assert told == (4, "job web.raw failed: Input/output error")
@@ -252,15 +233,6 @@ def test_after_a_target_that_hangs_the_next_one_is_served(mount, hanging, tmpfs_
     assert busy[0] == 1
     assert "in use by another job" in busy[1]
     assert other.read_bytes() == noise(SIZE)
-
-
-def test_a_target_that_comes_back_gets_all(mount, hanging):
-    overwrite(mount)
-
-    hanging.go_on()
-    output_of(mount, "job", "wait", "web.raw")
-
-    check_copies(mount, hanging)
 
 
 def test_a_job_whose_target_hangs_is_paused_when_it_comes_back(mount, hanging):
