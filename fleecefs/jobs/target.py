@@ -26,6 +26,16 @@ _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")
 
 
+# Those that threads are busy with. A process can not end before they have come back,
+# not even when it is killed: the kernel waits for the storage.
+_busy: set["Target"] = set()
+
+
+def busy_targets() -> list[str]:
+    """Return the paths of targets that threads are busy with, also abandoned ones."""
+    return [str(target.path) for target in list(_busy)]
+
+
 class Target:
     """An image that a job fills, and what is there already.
 
@@ -60,11 +70,14 @@ class Target:
             if self._is_closing:
                 raise OSError(errno.EBADF, "the target is closed")
             self.users += 1
+            _busy.add(self)
         try:
             yield
         finally:
             with self._lock:
                 self.users -= 1
+                if not self.users:
+                    _busy.discard(self)
                 is_last = self._is_closing and not self.users
             if is_last:
                 self._image.close()

@@ -9,11 +9,13 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from fleecefs.block.memory import MemoryImage
 from fleecefs.errors import BadName, Busy, NameTaken, NotFound
 from fleecefs.jobs import registry
 from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.registry import ENDED_MAX, Jobs
 from fleecefs.jobs.status import JobStatus
+from fleecefs.jobs.target import Target
 from tests.jobs.fakes import FakeBackup, FakeBackups, Heard
 
 
@@ -377,3 +379,33 @@ async def test_a_target_that_hangs_does_not_hold_the_end(heard, hanging):
 
     assert refused == ["the mount is ending"]
     assert jobs.all() == []
+
+
+# -- rest, for the next daemon
+
+
+async def test_jobs_rest_when_nothing_is_in_flight(autojump_clock, jobs, heard):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        [job] = await started(jobs, of())
+        await trio.sleep(0.5)
+        await jobs.rest()
+
+        assert (job.status, job.is_user_paused) == (JobStatus.PAUSED, False)
+        assert not job.is_busy
+        await jobs.close()
+
+
+async def test_jobs_go_on_if_a_target_hangs(autojump_clock, jobs):
+    target = Target(MemoryImage(4096), Path("/backup/hangs"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        [job] = await started(jobs, of())
+        await trio.sleep(0.5)
+        with target.used(), pytest.raises(Busy, match="target /backup/hangs does not"):
+            await jobs.rest()
+
+        assert job.status is JobStatus.RUNNING
+        await jobs.rest()
+        assert job.status is JobStatus.PAUSED
+        await jobs.close()
