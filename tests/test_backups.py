@@ -21,6 +21,7 @@ from tests.support.jobs import (
     job_of,
     output_of,
     start,
+    wait_status,
 )
 from tests.support.mount import filesystem, loop_device, run, wait_until
 from tests.support.walk import noise, read, write
