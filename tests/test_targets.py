@@ -4,6 +4,7 @@ nbdkit's filters behind nbdfuse are such targets: to the kernel, a file system w
 server answers late, with an error, or not at all.
 """
 
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.support.jobs import (
     wait_begun,
     wait_status,
 )
-from tests.support.mount import filesystem, run, wait_until
+from tests.support.mount import filesystem, loop_device, run, wait_until
 from tests.support.nbd import NbdTarget, require_nbd
 from tests.support.walk import noise
 
@@ -284,3 +285,100 @@ def test_unmounting_saves_all_while_the_target_hangs(mount, hanging):
     assert mount.live("web.raw").read_bytes() == content
     assert mount.snapshot("s", "web.raw").read_bytes() == noise(SIZE)
     assert job_ids(mount) == []
+
+
+# -- refused
+
+
+def refused_targets(mount, elsewhere):
+    """Make targets that are wrong; return what is said of them."""
+    elsewhere.mkdir()
+    runtime = Path(mount.status()["runtime"])
+    ours = "lies among the files of fleecefs"
+    our_mount = "is on the mount of its own source"
+    wrong = {
+        mount.sources["web.raw"]: "is the source of disk 'web.raw'",
+        mount.sources["db.raw"]: "is the source of disk 'db.raw'",
+        mount.state / "copy.raw": ours,
+        runtime / "copy.raw": ours,
+        mount.live("web.raw"): our_mount,
+        mount.live("new.raw"): our_mount,
+        mount.snapshot("s", "web.raw"): our_mount,
+    }
+    for index, (path, text) in enumerate(list(wrong.items())):
+        link = elsewhere / f"link{index}"
+        link.symlink_to(path)
+        wrong[link] = text
+    kinds = {
+        "hard-link": "is the source of disk 'web.raw'",
+        "directory": f"is a directory; give a file, new or of {SIZE} bytes, or a block",
+        "fifo": "is not a regular file; give a file",
+        "smaller": f"has {SIZE - 1} bytes",
+        "larger": f"has {SIZE + 1} bytes",
+        "dangling": "is a link that leads nowhere",
+        "smaller/x": "Not a directory",
+        "missing/x": f"there is no directory {elsewhere}/missing; make it",
+        "locked": "in use by another job or program",
+    }
+    wrong |= {elsewhere / name: text for name, text in kinds.items()}
+    (elsewhere / "hard-link").hardlink_to(mount.sources["web.raw"])
+    (elsewhere / "directory").mkdir()
+    os.mkfifo(elsewhere / "fifo")
+    (elsewhere / "smaller").write_bytes(b"o" * (SIZE - 1))
+    (elsewhere / "larger").write_bytes(b"o" * (SIZE + 1))
+    (elsewhere / "dangling").symlink_to("nothing")
+    (elsewhere / "locked").write_bytes(b"o" * SIZE)
+    return wrong
+
+
+def tree(*directories):
+    """Return all that is in some directories, and what is known of it."""
+    return {
+        path: (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for directory in directories
+        for path in directory.rglob("*")
+    }
+
+
+def test_wrong_targets_are_refused_and_nothing_is_changed(mounted, tmpfs_path):
+    mount = mounted({"web.raw": noise(SIZE), "db.raw": MiB})
+    mount.create("s")
+    elsewhere = tmpfs_path / "elsewhere"
+    wrong = refused_targets(mount, elsewhere)
+    before = tree(elsewhere, mount.state, mount.directory / "sources")
+
+    with open(elsewhere / "locked") as locked:
+        fcntl.flock(locked, fcntl.LOCK_SH)
+        for path, text in wrong.items():
+            done = mount.cli("backup", "web.raw", path)
+
+            assert (done.returncode, done.stdout) == (1, ""), path
+            assert done.stderr.startswith(f"fleecefs: target {path}: "), path
+            assert text in done.stderr
+            assert done.stderr.count("\n") == 1
+
+    assert tree(elsewhere, mount.state, mount.directory / "sources") == before
+    assert mount.snapshot("s", "web.raw").read_bytes() == noise(SIZE)
+    assert job_ids(mount) == []
+
+
+def test_a_read_only_target_is_refused(mount, tmpfs_path):
+    existing = tmpfs_path / "point" / "web.raw"
+    with filesystem("none", existing.parent, "-t", "tmpfs", "-o", "size=8M"):
+        existing.write_bytes(b"o" * SIZE)
+        run("mount", "-o", "remount,ro", existing.parent)
+        for path in existing, existing.with_name("new.raw"):
+            told = error_of(mount, "backup", "web.raw", path)
+
+            assert told == (1, f"target {path}: Read-only file system")
+    check_nothing_is_left(mount)
+
+
+def test_a_read_only_device_is_refused(mount, tmpfs_path):
+    backing = tmpfs_path / "device"
+    backing.write_bytes(bytes(SIZE))
+    with loop_device(backing, "--read-only") as device:
+        told = error_of(mount, "backup", "web.raw", device)
+
+    assert told == (1, f"target {device}: is a read-only device")
+    check_nothing_is_left(mount)

@@ -25,6 +25,9 @@ _ZEROES = bytes(1 * MiB)
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")
 
+# linux/fs.h: _IO(0x12, 94)
+_BLKROGET = 0x125E
+
 
 # Those that threads are busy with. A process can not end before they have come back,
 # not even when it is killed: the kernel waits for the storage.
@@ -254,6 +257,8 @@ def _open(path: Path, size: int, found: os.stat_result) -> Target:
     try:
         if not os.path.samestat(os.fstat(fd), found):
             raise NotUsable(f"target {path}: was replaced just now")
+        if is_device and _is_read_only(fd):
+            raise NotUsable(f"target {path}: is a read-only device")
         lock_whole(fd, str(_in_use(path)))
         has = os.lseek(fd, 0, os.SEEK_END)
         if has < size or (has > size and not is_device):
@@ -265,6 +270,11 @@ def _open(path: Path, size: int, found: os.stat_result) -> Target:
         os.close(fd)
         raise
     return Target(RawImage(fd, size), path)
+
+
+def _is_read_only(fd: int) -> bool:
+    """Tell whether a device, which is open for writing, is read-only all the same."""
+    return struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4))) != (0,)
 
 
 def _create(path: Path, size: int) -> Target:
