@@ -191,7 +191,7 @@ class Daemon:
         A signal cancels jobs: after it comes a kill.
         """
         if not force:
-            self._jobs.check_end()
+            await self._jobs.check_end()
         await self._umount(force)
 
     async def _umount(self, force: bool) -> None:

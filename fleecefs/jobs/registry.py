@@ -131,8 +131,9 @@ class Jobs:
                 job.release()
             raise
 
-    def check_end(self) -> None:
+    async def check_end(self) -> None:
         """Raise Busy while a job would be cancelled by an end of the mount."""
+        await self.wait_resumed()
         working = [job.id for job in self._jobs.values() if not job.is_over]
         if working:
             raise Busy(

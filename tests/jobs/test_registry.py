@@ -124,7 +124,10 @@ async def test_kept_until_dismissed_also_by_the_next_daemon(backups, heard, tmp_
     assert kept.status is JobStatus.CONCLUDED
     assert kept.describe() == job.describe() | {"elapsed": kept.describe()["elapsed"]}
     assert kept.describe_block_job() == job.describe_block_job()
-    again.check_end()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(again.run)
+        await again.check_end()
+        await again.close()
     kept.dismiss()
     assert again.all() == []
     assert Jobs(backups, heard, path).all() == []
@@ -261,6 +264,9 @@ async def test_targets_that_hang_in_resuming_hold_nobody_for_ever(
 
         with pytest.raises(Busy, match="try again"):
             await jobs.wait_resumed()
+        # Nor does the mount end under jobs that nobody knows yet.
+        with pytest.raises(Busy, match="try again"):
+            await jobs.check_end()
 
         await jobs.close()
         hanging.set()
@@ -279,12 +285,12 @@ async def test_close_cancels_and_waits_until_all_is_clean(jobs, heard):
         job.clean = clean
         await wait_all_tasks_blocked()
         with pytest.raises(Busy, match=r"fleecefs job wait web\.raw"):
-            jobs.check_end()
+            await jobs.check_end()
 
         await jobs.close()
 
         assert cleaned == [True]
-        jobs.check_end()
+        await jobs.check_end()
         with pytest.raises(Busy):
             await started(jobs, of())
     assert heard.named("BLOCK_JOB_CANCELLED")[0]["device"] == "web.raw"
@@ -316,7 +322,7 @@ async def test_failed_jobs_do_not_hold_the_end(jobs, backups):
         while not job.is_over:
             await trio.sleep(0)
 
-        jobs.check_end()
+        await jobs.check_end()
         await jobs.close()
 
 
