@@ -7,6 +7,7 @@ server answers late, with an error, or not at all.
 import fcntl
 import os
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -44,16 +45,13 @@ def mount(mounted):
 def targets(tmpfs_path):
     """A function that serves a target, until the end of the test."""
     require_nbd()
-    served = []
+    with ExitStack() as stack:
 
-    def targets(*words):
-        target = NbdTarget(tmpfs_path / f"target{len(served)}", SIZE, *words)
-        served.append(target.__enter__())
-        return target
+        def targets(*words):
+            target = NbdTarget(tmpfs_path / "nbd", SIZE, *words)
+            return stack.enter_context(target)
 
-    yield targets
-    for target in served:
-        target.__exit__(None, None, None)
+        yield targets
 
 
 def overwrite(mount):

@@ -7,6 +7,7 @@ it likes: answer in time, late, with an error, or not at all.
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -88,8 +89,10 @@ class NbdTarget:
         return self.path.exists()
 
     def _end(self) -> None:
-        # In any case: what hangs fails as soon as nobody serves it.
-        self._server.kill()
+        # nbdfuse with its nbdkit, which would not end while it answers nothing. What
+        # hangs fails as soon as nobody serves it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
         with contextlib.suppress(AssertionError):
             run("fusermount3", "-u", "-z", self.point)
