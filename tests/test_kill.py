@@ -100,6 +100,7 @@ class Fio:
             "--fsync=256",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             f"--randseed={self.runs + 1}",
             "--allow_file_create=0",
             "--output-format=json",
