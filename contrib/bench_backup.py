@@ -25,8 +25,8 @@ from bench_sides import Mounted, Period
 # What a sample allocates besides its target: preserved data, processes.
 EXTRA_SIZE = 512 * MiB
 
-# fio starts in less than half of it.
-GUEST_START_SECONDS = 1.0
+# fio starts in less than half of it, and so does a job.
+GUEST_START_SECONDS = JOB_START_SECONDS = 1.0
 
 # Of its log: each line has the rate of so long, if there was something.
 LOG_MILLISECONDS = 20
@@ -52,8 +52,8 @@ def timed_backup(mounted: Mounted) -> tuple[float, Period]:
     """Back up to a new file; return the MB/s from first to last, and when it ran."""
     data = mounted.source.stat().st_blocks * 512
     start = time.monotonic()
-    with mounted.backup(mounted.directory / "backup.raw") as finish:
-        period = finish()
+    with mounted.backup(mounted.directory / "backup.raw") as job:
+        period = job.finish()
         elapsed = time.monotonic() - start
     return data / 1e6 / elapsed, period
 
@@ -135,10 +135,14 @@ def slow_backup(mounted: Mounted, seconds: float) -> Sample:
     """Return how many times longer a guest's writes take during a slow backup: p99."""
     touch_memory(mounted)
     before = percentile(mounted, seconds)
-    with slow_target(mounted) as target, mounted.backup(target):
-        time.sleep(GUEST_START_SECONDS)
+    with slow_target(mounted) as target, mounted.backup(target) as job:
+        time.sleep(JOB_START_SECONDS)
         during = percentile(mounted, seconds)
-    return Sample(during / before, {"p99_ms": during, "p99_without_ms": before})
+        start = time.monotonic()
+        job.cancel()
+        cancel = time.monotonic() - start
+    numbers = {"p99_ms": during, "p99_without_ms": before, "cancel_ms": cancel * 1000}
+    return Sample(during / before, numbers)
 
 
 def percentile(mounted: Mounted, seconds: float) -> float:
@@ -192,10 +196,11 @@ def memory_of_backup(mounted: Mounted, seconds: float) -> Sample:
     # proc(5): the peak begins anew.
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     backup_under_load(mounted, seconds, of="megabytes")
-    with slow_target(mounted) as target, mounted.backup(target):
-        time.sleep(GUEST_START_SECONDS)
+    with slow_target(mounted) as target, mounted.backup(target) as job:
+        time.sleep(JOB_START_SECONDS)
         run(*load(mounted, io_size=OVERFLOW_SIZE), timeout=PATIENCE_SECONDS)
         _, used = daemon_of(mounted)
+        job.cancel()
     memory = memory_of(pid)
     grown = memory["VmHWM"] - before
     return Sample(grown, memory | {"before": before, "ram_tier_used": used})

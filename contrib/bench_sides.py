@@ -48,8 +48,15 @@ class Period(NamedTuple):
     ended: float
 
 
-# Waits until all is copied and durable, and tells when the job ran.
-Finish = Callable[[], Period]
+class Job(NamedTuple):
+    """A backup that has been started.
+
+    finish   waits until all is copied and durable, and tells when it ran
+    cancel   ends it without waiting for anything; raises Failed if it has ended before
+    """
+
+    finish: Callable[[], Period]
+    cancel: Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Mounted:
     """A source being served, its snapshots from the oldest to the newest.
 
     directory  is for this sample's files, and removed after it
-    backup     starts a full backup to a target, which nobody goes on with afterwards
+    backup     starts a full backup to a target
     command    runs a subcommand of fleecefs on this mount; returns what it printed
     """
 
@@ -65,7 +72,7 @@ class Mounted:
     directory: Path
     live: Path
     snapshots: tuple[Path, ...]
-    backup: Callable[[Path], AbstractContextManager[Finish]]
+    backup: Callable[[Path], AbstractContextManager[Job]]
     command: Callable[..., str]
 
     @property
@@ -106,15 +113,16 @@ class Ours:
                 self._end(mount)
 
     @contextlib.contextmanager
-    def _backup(self, mount: Path, target: Path) -> Iterator[Finish]:
+    def _backup(self, mount: Path, target: Path) -> Iterator[Job]:
         fleecefs = (self.binary, "-m", mount)
+        cancel = partial(run, *fleecefs, "job", "cancel", DISK, timeout=CANCEL_SECONDS)
         with running(*fleecefs, "backup", DISK, target, "--json") as follower:
             try:
-                yield lambda: period_of(follower.output(PATIENCE_SECONDS))
-            finally:
-                # Refused if it has ended.
+                yield Job(lambda: period_of(follower.output(PATIENCE_SECONDS)), cancel)
+            except BaseException:
                 with undisturbed(), contextlib.suppress(Failed):
-                    run(*fleecefs, "job", "cancel", DISK, timeout=CANCEL_SECONDS)
+                    cancel()
+                raise
 
     def _end(self, mount: Path) -> None:
         """See to it that nothing of ours is left, whatever went wrong."""
@@ -158,17 +166,20 @@ class Peer:
                     unmount_lazily(path)
 
     @contextlib.contextmanager
-    def _backup(self, qmp: Path, size: int, target: Path) -> Iterator[Finish]:
-        target.touch()
-        os.truncate(target, size)
+    def _backup(self, qmp: Path, size: int, target: Path) -> Iterator[Job]:
+        if not target.exists():
+            target.touch()
+            os.truncate(target, size)
         with connected(qmp) as monitor:
             file = {"driver": "file", "filename": str(target), "aio": "io_uring"}
             node = {"node-name": "backup", "driver": "raw", "file": file}
             monitor.execute("blockdev-add", node)
             job = {"job-id": "backup", "device": "source", "target": "backup"}
             monitor.execute("blockdev-backup", job | {"sync": "full"})
-            # One that is not finished ends with the daemon.
-            yield lambda: finish_job(monitor, target)
+            yield Job(
+                partial(finish_job, monitor, target),
+                partial(monitor.execute, "job-cancel", {"id": "backup"}),
+            )
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ Side = Ours | Peer | Cp
 
 
 @contextlib.contextmanager
-def copying(source: Path, target: Path) -> Iterator[Finish]:
+def copying(source: Path, target: Path) -> Iterator[Job]:
     script = 'cp --sparse=never -- "$1" "$2" && sync -- "$2"'
     began = time.time()
     with running("bash", "-c", script, "bash", source, target) as process:
@@ -195,7 +206,7 @@ def copying(source: Path, target: Path) -> Iterator[Finish]:
             process.output(PATIENCE_SECONDS)
             return Period(began, time.time())
 
-        yield finish
+        yield Job(finish, process.stop)
 
 
 def period_of(output: str) -> Period:
