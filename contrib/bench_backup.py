@@ -22,7 +22,7 @@ from bench_processes import (
 )
 from bench_sides import Mounted, Period
 
-# What a sample allocates besides its target: preserved data, processes.
+# What is allocated besides a target: preserved data, processes.
 EXTRA_SIZE = 512 * MiB
 
 # fio starts in less than half of it, and so does a job.
@@ -43,14 +43,14 @@ OVERFLOW_SIZE = 256 * MiB
 
 def backup(mounted: Mounted, seconds: float) -> Sample:
     """Return the speed of a full backup to a new file, in MB/s of data."""
-    touch_memory(mounted)
     numbers, _ = timed_backup(mounted)
     return Sample(numbers["megabytes"], numbers)
 
 
 def timed_backup(mounted: Mounted) -> tuple[dict[str, float], Period]:
     """Back up to a new file; return what that took as a whole, and when the job ran."""
-    data = mounted.source.stat().st_blocks * 512
+    data = allocated(mounted)
+    touch_memory(mounted, data)
     start = time.monotonic()
     with mounted.backup(mounted.directory / "backup.raw") as job:
         period = job.finish()
@@ -63,18 +63,22 @@ def timed_backup(mounted: Mounted) -> tuple[dict[str, float], Period]:
     return numbers, period
 
 
-def touch_memory(mounted: Mounted) -> None:
-    """Have as much free memory as a sample takes, and have it touched.
+def allocated(mounted: Mounted) -> int:
+    """Return the bytes of data in the source."""
+    return mounted.source.stat().st_blocks * 512
 
-    A virtual machine may have given free memory back to its host, and would pay for it
-    in the middle of the measure. So this has to come right before.
+
+def touch_memory(mounted: Mounted, size: int) -> None:
+    """Have so much free memory that has been touched, and a bit more.
+
+    A virtual machine gives free memory back to its host after some seconds, and pays
+    for that when it is used again. So this has to come right before what is measured.
     """
     path = mounted.directory / "touched"
     zeroes = bytes(1 * MiB)
     try:
         with path.open("wb", buffering=0) as file:
-            size = mounted.source.stat().st_blocks * 512 + EXTRA_SIZE
-            for _ in range(size // len(zeroes)):
+            for _ in range((size + EXTRA_SIZE) // len(zeroes)):
                 file.write(zeroes)
     finally:
         path.unlink(missing_ok=True)
@@ -85,7 +89,6 @@ def touch_memory(mounted: Mounted) -> None:
 
 def backup_under_load(mounted: Mounted, seconds: float, *, of: str) -> Sample:
     """Return what a backup and a guest that writes make of each other."""
-    touch_memory(mounted)
     log = mounted.directory / "guest"
     with running(*writing(mounted, 4, log)) as guest:
         time.sleep(GUEST_START_SECONDS)
@@ -134,7 +137,6 @@ def rate_within(log: Path, period: Period) -> float:
 
 def slow_backup(mounted: Mounted, seconds: float) -> Sample:
     """Return how many times longer a guest's writes take during a slow backup: p99."""
-    touch_memory(mounted)
     before = percentile(mounted, seconds)
     with slow_target(mounted) as target, mounted.backup(target) as job:
         time.sleep(JOB_START_SECONDS)
@@ -163,6 +165,7 @@ def percentile(mounted: Mounted, seconds: float) -> float:
         runtime=f"{seconds * 1000:.0f}ms",
         ramp_time="500ms",
     )
+    touch_memory(mounted, 0)
     output = run(*command, timeout=PATIENCE_SECONDS)
     value = fio_numbers(output, "write")["clat_p99_ms"]
     if not value:
