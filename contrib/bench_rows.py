@@ -223,7 +223,7 @@ ROWS = (
     ),
     Row(
         name="backup-memory",
-        title="backups under load: what the daemon's RSS grows, at most",
+        title="backups under load: growth of daemon's peak RSS and RAM tier",
         unit="MiB",
         columns=(Column("ours"),),
         measure=memory_of_backup,
