@@ -119,8 +119,8 @@ def test_a_backup_is_identical_to_a_copy_of_the_instant(
     check_nothing_is_left(mount)
 
 
-def test_a_disk_of_nine_sectors(mounted, tmpfs_path):
-    size = 9 * 512
+@pytest.mark.parametrize("size", [1, 9 * 512, 4097])
+def test_a_disk_of_few_bytes(mounted, tmpfs_path, size):
     mount = mounted({"web.raw": noise(size)})
     target = tmpfs_path / "web.raw"
 
