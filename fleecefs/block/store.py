@@ -22,7 +22,7 @@ from fleecefs.errors import NoSpace, Unsupported
 from fleecefs.killpoint import reached
 
 # So many parts of a tier are read with what is between them: a call for each would take
-# longer.
+# longer. Not of one on disk, if most of it is between: the kernel caches holes, too.
 _SCATTERED = 4
 
 # Runs are freed with what is between them, if that is no more.
@@ -133,13 +133,16 @@ class Tier:
 
     def read_into(self, buffer: memoryview, offset: int, parts: list[Extent]) -> None:
         """Fill parts of a buffer, that of [offset, ...)."""
-        if len(parts) < _SCATTERED:
+        begin, end = parts[0].offset, parts[-1].end
+        wanted = sum(part.length for part in parts)
+        if len(parts) < _SCATTERED or (
+            self.name == "disk" and 2 * wanted < end - begin
+        ):
             for part in parts:
                 at = part.offset - offset
                 self.image.pread_into(buffer[at : at + part.length], part.offset)
             return
-        begin = parts[0].offset
-        data = memoryview(self.image.pread(parts[-1].end - begin, begin))
+        data = memoryview(self.image.pread(end - begin, begin))
         for part in parts:
             at = part.offset - offset
             found = part.offset - begin

@@ -47,6 +47,51 @@ def read(store, length=SIZE, offset=0):
     return bytes(buffer)
 
 
+def reads_of(name, texts):
+    """Return what is asked of a tier's image to read the clusters that it holds."""
+    size = len(texts) * CLUSTER
+    tier = make_tier(name, MemoryImage(size), bits=make_bits(size))
+    for first, text in enumerate(texts):
+        if text != ".":
+            tier.put(clusters(text), first, first + 1)
+    asked = []
+    image = tier.image
+    image.pread = watch(asked, image.pread)
+    image.pread_into = watch(asked, image.pread_into)
+
+    assert letters(read(make_store(tier), size)) == texts
+
+    return asked
+
+
+def watch(asked, function):
+    def watching(what, offset):
+        length = what if isinstance(what, int) else len(what)
+        asked.append((offset // CLUSTER, length // CLUSTER))
+        return function(what, offset)
+
+    return watching
+
+
+@pytest.mark.parametrize("name", ["ram", "disk"])
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        pytest.param("ab.cd", [(0, 2), (3, 2)], id="few"),
+        pytest.param(".a.b.cd.e", [(1, 8)], id="many"),
+    ],
+)
+def test_many_parts_are_read_with_what_is_between(name, texts, expected):
+    assert reads_of(name, texts) == expected
+
+
+def test_what_is_between_is_not_read_from_disk_if_it_is_most():
+    texts = "a..b...c.d"
+
+    assert reads_of("ram", texts) == [(0, 10)]
+    assert reads_of("disk", texts) == [(0, 1), (3, 1), (7, 1), (9, 1)]
+
+
 # -- budgets
 
 
