@@ -43,6 +43,9 @@ def fio_numbers(output: str, direction: str) -> dict[str, float]:
         "megabytes": numbers["bw_bytes"] / 1e6,
         "lat_max_ms": numbers["lat_ns"]["max"] / 1e6,
         "clat_max_ms": numbers["clat_ns"]["max"] / 1e6,
+        # Not there if nothing was completed.
+        "clat_p99_ms": numbers["clat_ns"].get("percentile", {}).get("99.000000", 0)
+        / 1e6,
     }
 
 

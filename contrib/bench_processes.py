@@ -20,6 +20,9 @@ MARK = f"FLEECEFS_BENCH={os.getpid()}-{time.monotonic_ns()}"
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+# Nothing here takes minutes, unless a side hangs.
+PATIENCE_SECONDS = 600
+
 START_SECONDS = 15
 END_SECONDS = 10
 
@@ -69,6 +72,12 @@ class Running:
             if time.monotonic() > deadline:
                 raise Failed(f"not mounted after {START_SECONDS} s")
             time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End what runs until it is told to; raise Failed if it has ended before."""
+        if self._process.poll() is not None:
+            raise Failed(f"{self._name}: {self._complaint() or 'it ended too early'}")
+        self.end()
 
     def end(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench_fio import GiB
+from bench_measures import Sample
 from bench_processes import Failed, run
-from bench_rows import Row, Sample
+from bench_rows import Row
 
 
 @dataclass
@@ -23,9 +24,10 @@ class Result:
     @property
     def value(self) -> float | None:
         """Return what the goal is about: a ratio of medians, or a median."""
-        if self.reasons or not all(self.samples):
+        judged = range(len(self.row.judged))
+        if not all(self.samples[i] and i not in self.reasons for i in judged):
             return None
-        medians = [median(taken) for taken in self.samples]
+        medians = [median(self.samples[index]) for index in judged]
         if not self.row.is_ratio:
             return medians[0]
         return medians[0] / medians[1] if medians[1] else None
@@ -57,7 +59,7 @@ def table(results: list[Result]) -> str:
 def cells(result: Result) -> tuple[str, ...]:
     row = result.row
     columns = [cell(result, index) for index in range(len(row.columns))]
-    if not row.is_ratio:
+    if len(columns) == 1:
         columns.append("")
     ratio = f"{result.value:.2f}" if row.is_ratio and result.value is not None else ""
     sign = ">=" if row.is_ratio else "<="
@@ -90,14 +92,14 @@ def notes(result: Result) -> list[str]:
         f"{row.name}: {row.columns[index]}: no ({reason})"
         for index, reason in result.reasons.items()
     ]
-    for samples in result.samples:
+    for column, samples in zip(row.columns, result.samples, strict=True):
         details = {name for sample in samples for name in sample.details}
         if details:
             words = (
                 f"{name} {statistics.median(s.details[name] for s in samples):.1f}"
                 for name in sorted(details)
             )
-            lines.append(f"{row.name}: medians: {', '.join(words)}")
+            lines.append(f"{row.name}: {column}: medians: {', '.join(words)}")
     return lines
 
 
@@ -121,6 +123,7 @@ def result_as_json(result: Result) -> dict[str, object]:
         "columns": [
             {
                 "side": column.side,
+                "name": str(column),
                 "snapshots": column.snapshots,
                 "median": median(samples) if samples else None,
                 "samples": [sample.value for sample in samples],

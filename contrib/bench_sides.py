@@ -1,18 +1,25 @@
-"""The two sides of the benchmark: fleecefs, and qemu-storage-daemon's FUSE export.
+"""The sides of the benchmark: fleecefs, qemu-storage-daemon's FUSE export, and cp.
 
-Both serve the same source, one after the other, and look alike to a measure: a
-`Mounted` with a live file and the files of its snapshots. What a side starts it ends,
-and what it mounts it unmounts, also when the measure fails or is interrupted.
+All serve the same source, one after the other, and look alike to a measure: a `Mounted`
+with a live file, the files of its snapshots, and a way to back it up. What a side
+starts it ends, and what it mounts it unmounts, also when the measure fails or is
+interrupted.
 """
 
 import contextlib
+import json
 import os
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from bench_fio import MiB, fio_command
 from bench_processes import (
+    PATIENCE_SECONDS,
     Failed,
     end_marked,
     is_mounted,
@@ -21,6 +28,7 @@ from bench_processes import (
     undisturbed,
     unmount_lazily,
 )
+from bench_qmp import Monitor, connected, time_of
 
 DISK = "disk.raw"
 
@@ -29,16 +37,42 @@ DISK = "disk.raw"
 SCRIBBLE_SIZE = 4 * MiB
 
 
+# A cancel returns at once, whatever the target does.
+CANCEL_SECONDS = 10
+
+
+class Period(NamedTuple):
+    """When something began and ended, in seconds since 1970."""
+
+    began: float
+    ended: float
+
+
+class Job(NamedTuple):
+    """A backup that has been started.
+
+    finish   waits until all is copied and durable, and tells when it ran
+    cancel   ends it without waiting for anything; raises Failed if it has ended before
+    """
+
+    finish: Callable[[], Period]
+    cancel: Callable[[], object]
+
+
 @dataclass(frozen=True)
 class Mounted:
     """A source being served, its snapshots from the oldest to the newest.
 
-    `command` runs a subcommand of fleecefs on this mount and returns what it printed.
+    directory  is for this sample's files, and removed after it
+    backup     starts a full backup to a target
+    command    runs a subcommand of fleecefs on this mount; returns what it printed
     """
 
     source: Path
+    directory: Path
     live: Path
     snapshots: tuple[Path, ...]
+    backup: Callable[[Path], AbstractContextManager[Job]]
     command: Callable[..., str]
 
     @property
@@ -71,11 +105,24 @@ class Ours:
                     run(*scribble(live, source.stat().st_size, seed=index))
                 run("mkdir", snapshot)
             files = tuple(snapshot / DISK for snapshot in directories)
-            yield Mounted(source, live, files, command)
+            backup = partial(self._backup, mount)
+            yield Mounted(source, directory, live, files, backup, command)
             run(self.binary, "umount", mount)
         finally:
             with undisturbed():
                 self._end(mount)
+
+    @contextlib.contextmanager
+    def _backup(self, mount: Path, target: Path) -> Iterator[Job]:
+        fleecefs = (self.binary, "-m", mount)
+        cancel = partial(run, *fleecefs, "job", "cancel", DISK, timeout=CANCEL_SECONDS)
+        with running(*fleecefs, "backup", DISK, target, "--json") as follower:
+            try:
+                yield Job(lambda: period_of(follower.output(PATIENCE_SECONDS)), cancel)
+            except BaseException:
+                with undisturbed(), contextlib.suppress(Failed):
+                    cancel()
+                raise
 
     def _end(self, mount: Path) -> None:
         """See to it that nothing of ours is left, whatever went wrong."""
@@ -95,7 +142,7 @@ class Peer:
         self, source: Path, directory: Path, snapshots: int
     ) -> Iterator[Mounted]:
         live, snapshot = directory / "live.raw", directory / "snapshot.raw"
-        target = directory / "target.raw"
+        target, qmp = directory / "target.raw", directory / "qmp"
         mounts = [live, snapshot] if snapshots else [live]
         for path in (live, snapshot, target):
             path.touch()
@@ -108,13 +155,79 @@ class Peer:
             exports = fuse_export("filter", live, writable=True)
             exports += fuse_export("snapshot", snapshot, writable=False)
         try:
-            with running(self.binary, *nodes, *exports) as daemon:
+            with running(self.binary, *monitor(qmp), *nodes, *exports) as daemon:
                 daemon.wait_until(lambda: all(is_mounted(path) for path in mounts))
-                yield Mounted(source, live, tuple(mounts[1:]), refuse)
+                backup = partial(self._backup, qmp, source.stat().st_size)
+                files = tuple(mounts[1:])
+                yield Mounted(source, directory, live, files, backup, refuse)
         finally:
             with undisturbed():
                 for path in mounts:
                     unmount_lazily(path)
+
+    @contextlib.contextmanager
+    def _backup(self, qmp: Path, size: int, target: Path) -> Iterator[Job]:
+        if not target.exists():
+            target.touch()
+            os.truncate(target, size)
+        with connected(qmp) as monitor:
+            file = {"driver": "file", "filename": str(target), "aio": "io_uring"}
+            node = {"node-name": "backup", "driver": "raw", "file": file}
+            monitor.execute("blockdev-add", node)
+            job = {"job-id": "backup", "device": "source", "target": "backup"}
+            monitor.execute("blockdev-backup", job | {"sync": "full"})
+            yield Job(
+                partial(finish_job, monitor, target),
+                partial(monitor.execute, "job-cancel", {"id": "backup"}),
+            )
+
+
+@dataclass(frozen=True)
+class Cp:
+    """Copies the source as it is: nothing is served."""
+
+    @contextlib.contextmanager
+    def mounted(
+        self, source: Path, directory: Path, snapshots: int
+    ) -> Iterator[Mounted]:
+        yield Mounted(source, directory, source, (), partial(copying, source), refuse)
+
+
+Side = Ours | Peer | Cp
+
+
+@contextlib.contextmanager
+def copying(source: Path, target: Path) -> Iterator[Job]:
+    script = 'cp --sparse=never -- "$1" "$2" && sync -- "$2"'
+    began = time.time()
+    with running("bash", "-c", script, "bash", source, target) as process:
+
+        def finish() -> Period:
+            process.output(PATIENCE_SECONDS)
+            return Period(began, time.time())
+
+        yield Job(finish, process.stop)
+
+
+def period_of(output: str) -> Period:
+    """Return when a job ran, from the last that `backup --json` says of it."""
+    try:
+        job = json.loads(output.splitlines()[-1])
+        return Period(job["created"], job["created"] + job["elapsed"])
+    except (ValueError, LookupError, TypeError) as e:
+        raise Failed(f"backup --json: {output[-80:]!r}") from e
+
+
+def finish_job(monitor: Monitor, target: Path) -> Period:
+    began = monitor.event("JOB_STATUS_CHANGE", status="running")
+    completed = monitor.event("BLOCK_JOB_COMPLETED")
+    if "error" in completed["data"]:
+        raise Failed(f"blockdev-backup: {completed['data']['error']}")
+    ended = monitor.event("JOB_STATUS_CHANGE", status="concluded")
+    # The job does not flush its target.
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return Period(time_of(began), time_of(ended))
 
 
 SNAPSHOT_NODES = [
@@ -124,6 +237,11 @@ SNAPSHOT_NODES = [
     "--blockdev",
     "driver=snapshot-access,node-name=snapshot,file=filter",
 ]
+
+
+def monitor(path: Path) -> list[str]:
+    socket = f"socket,id=qmp,server=on,wait=off,path={str(path).replace(',', ',,')}"
+    return ["--chardev", socket, "--monitor", "chardev=qmp"]
 
 
 def raw_nodes(name: str, path: Path) -> list[str]:
@@ -145,7 +263,7 @@ def fuse_export(node: str, mountpoint: Path, *, writable: bool) -> list[str]:
 
 
 def refuse(*arguments: str) -> str:
-    raise Failed(f"qemu-storage-daemon has no {' '.join(arguments)}")
+    raise Failed(f"this side has no {' '.join(arguments)}")
 
 
 def scribble(live: Path, size: int, seed: int) -> list[str]:

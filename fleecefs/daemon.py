@@ -37,6 +37,7 @@ from fleecefs.jobs.backup import create_backups, resume_jobs
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.registry import Jobs
+from fleecefs.jobs.target import busy_targets
 from fleecefs.killpoint import reached
 from fleecefs.state import runtime
 
@@ -131,6 +132,8 @@ class Daemon:
             # Before the clients' connections end: who waited for that finds all saved.
             await trio.to_thread.run_sync(inventory.close)
             log.info("unmounted %s", self._mountpoint)
+            for target in busy_targets():
+                log.warning("can not end before target %s answers", target)
 
     async def _tell_ready(self, report: Callable[..., None]) -> None:
         await _run_in_thread(self._channel.initialized.wait)
@@ -172,6 +175,8 @@ class Daemon:
         """Make room for the next daemon, which gets what is unanswered."""
         if not self._channel.can_resend:
             raise Refused("this kernel can not send requests again: Linux 6.9 can")
+        # No job's thread that is in a target then holds up our end, and so the guests.
+        await self._jobs.rest()
         # The inventory first: when the data threads end, `_serve` would close it.
         await trio.to_thread.run_sync(self._inventory.stop)
         self._is_restarting = True
@@ -186,7 +191,7 @@ class Daemon:
         A signal cancels jobs: after it comes a kill.
         """
         if not force:
-            self._jobs.check_end()
+            await self._jobs.check_end()
         await self._umount(force)
 
     async def _umount(self, force: bool) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from fleecefs.units import MiB
+from tests.support.jobs import error_of, job_ids, job_of, output_of, wait_status
 from tests.support.mount import FLEECEFS, PATIENCE, wait_until
 
 SIZE = 16 * MiB
@@ -31,25 +32,6 @@ def mount(mounted, content):
 @pytest.fixture
 def target(mount):
     return mount.directory / "copy.raw"
-
-
-def job_of(mount, job_id="web.raw"):
-    return mount.json("job", "show", job_id)
-
-
-def job_ids(mount):
-    return [job["id"] for job in mount.json("job", "list")]
-
-
-def output_of(mount, *words):
-    done = mount.cli(*words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def error_of(mount, *words):
-    done = mount.cli(*words)
-    return done.returncode, done.stderr.removeprefix("fleecefs: ").rstrip()
 
 
 @contextlib.contextmanager
@@ -121,9 +103,11 @@ def test_what_people_said_outlives_the_daemon(mount, target, content):
     output_of(mount, "backup", "web.raw", target, SLOW, "--detach")
     output_of(mount, "job", "set-speed", "web.raw", "2MiB")
     output_of(mount, "job", "pause", "web.raw")
-    wait_until(lambda: job_of(mount)["status"] == "paused", "rest")
+    wait_status(mount, "paused")
 
     os.kill(mount.pid, signal.SIGKILL)
+    # It is "created" until its first step.
+    wait_status(mount, "paused")
     after = job_of(mount)
     output_of(mount, "job", "set-speed", "web.raw", "0")
     output_of(mount, "job", "resume", "web.raw")

@@ -18,6 +18,7 @@ from typing import Any, Self
 import pytest
 
 from fleecefs.units import KiB, MiB
+from tests.support.jobs import job_ids, job_of, output_of, start
 from tests.support.killer import (
     DIED,
     Contents,
@@ -41,7 +42,7 @@ from tests.support.walk import CLUSTER, Walk, noise, write
 SIZE = 16 * MiB
 
 # How often daemons are killed at random; all together a hundred times at least.
-KILLS = {"psync": 15, "libaio": 15, "io_uring": 15, "ext4": 20, "walk": 20}
+KILLS = {"psync": 15, "libaio": 15, "io_uring": 15, "ext4": 20, "walk": 20, "jobs": 20}
 WALKS = 3
 
 GAVE_UP = "gave up"
@@ -100,6 +101,7 @@ class Fio:
             "--fsync=256",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             f"--randseed={self.runs + 1}",
             "--allow_file_create=0",
             "--output-format=json",
@@ -281,6 +283,84 @@ def test_random_operations_see_only_a_pause(mounted, tell_stall, options, seed):
     for name, model in walk.models.items():
         assert mount.sources[name].read_bytes() == model.data
     tell_stall(longest, f"{killer.kills} kills, {steps} operations")
+
+
+class Backups:
+    """Backs up a disk that fio does not touch, again and again, and checks each."""
+
+    def __init__(self, mount: Mount, disk: str) -> None:
+        self.count = 0
+        self._mount = mount
+        self._disk = disk
+        self._content = mount.live(disk).read_bytes()
+
+    def back_up(self) -> None:
+        live = self._mount.live(self._disk)
+        target = self._mount.directory / f"{self.count}.raw"
+        self._start(target)
+        write(live, noise(self.count * 10 * KiB + 1, self.count), 100 * KiB)
+        done = self._mount.cli("job", "wait", self._disk)
+        assert done.returncode == 0, done.stderr
+        assert target.read_bytes() == self._content, self.count
+        target.unlink()
+        self._content = live.read_bytes()
+        self.count += 1
+
+    def _start(self, target: Path) -> None:
+        """Start a job; a daemon that dies before it answers may have done it."""
+        command = ["backup", self._disk, target, "--speed=8MiB", "--detach"]
+        wait_until(
+            lambda: self._mount.cli(*command).returncode == 0 or self._has_job(),
+            "a job",
+        )
+
+    def _has_job(self) -> bool:
+        done = self._mount.cli("job", "list", "--json")
+        return done.returncode == 0 and self._disk in [
+            job["id"] for job in json.loads(done.stdout)
+        ]
+
+
+@pytest.mark.logs(DIED)
+def test_jobs_see_only_a_pause(mounted, tmpfs_path, tell_stall):
+    # Each daemon copies a chunk of 1 MiB at once: more than all of them will.
+    content = noise(2 * SIZE + 8 * MiB)
+    mount = mounted({"a.raw": content, "b.raw": noise(4 * MiB)}, "--ram-limit=4M")
+    live = mount.live("a.raw")
+    slow = {}
+    for name in "one", "two":
+        target = tmpfs_path / name
+        start(mount, "a.raw", target, "--speed=256KiB", f"--job-id={name}")
+        slow[target] = live.read_bytes()
+        write(live, noise(2 * MiB, name), 5 * MiB + 1)
+    contents = Contents(mount, "a.raw")
+    backups = Backups(mount, "b.raw")
+
+    with Fio(live, "libaio") as fio, Pulse(live) as pulse:
+        with Killer(mount, KILLS["jobs"], seed="jobs") as killer:
+            while not killer.ended:
+                backups.back_up()
+                contents.create()
+        shown = [job_of(mount, name) for name in ("one", "two")]
+        listed = output_of(mount, "job", "list")
+        for name in "one", "two":
+            output_of(mount, "job", "set-speed", name, "0")
+        output_of(mount, "job", "wait", "one", "two")
+
+    assert killer.kills == KILLS["jobs"]
+    for job in shown:
+        assert job["status"] == "running"
+        # A daemon may die before it has come to its jobs.
+        assert killer.kills / 2 < job["restarts"] <= killer.kills
+        assert f"job {job['id']} went on after a restart of the daemon, " in listed
+    for target, content in slow.items():
+        assert target.read_bytes() == content
+    contents.check()
+    assert job_ids(mount) == []
+    tell_stall(
+        max(fio.longest, pulse.longest),
+        f"{killer.kills} kills, {backups.count} backups",
+    )
 
 
 # -- restarted on purpose

@@ -69,11 +69,6 @@ class RawImage:
             size = os.lseek(fd, 0, os.SEEK_END)
             if size == 0:
                 raise NotUsable(f"source {path}: is empty; a disk has a size")
-            if size % 512:
-                raise NotUsable(
-                    f"source {path}: size {size} is not a multiple of 512 bytes, "
-                    "so it is no raw disk image"
-                )
             return cls(fd, size)
         except OSError as e:
             with contextlib.suppress(OSError):

@@ -36,7 +36,7 @@ MAP_COUNT_MAX = 10_000
 class Lifecycle(NamedTuple):
     """What only the daemon itself can tell or do."""
 
-    # Blocking; the shape is results.Status.
+    # Blocking; the shape is results.Status, but for the jobs.
     status: Callable[[], Message]
     # Takes force. Returns when the daemon has decided to end and may be answered;
     # raises OSError if it will not.
@@ -50,6 +50,7 @@ class Commands:
 
     def __init__(self, inventory: Inventory, jobs: Jobs, lifecycle: Lifecycle) -> None:
         self._inventory = inventory
+        self._jobs = jobs
         self._lifecycle = lifecycle
         self.table = {
             "query-commands": Command(self._query_commands, {}),
@@ -101,7 +102,9 @@ class Commands:
         return qmp.version(__version__)
 
     async def _status(self) -> Message:
-        return await trio.to_thread.run_sync(self._lifecycle.status)
+        status = await trio.to_thread.run_sync(self._lifecycle.status)
+        # Those that are known: who asks how things are does not wait for a target.
+        return {**status, "jobs": [job.describe() for job in self._jobs.all()]}
 
     async def _snapshot_create(
         self, name: str, disks: list[str] | None = None

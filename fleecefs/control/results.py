@@ -69,26 +69,6 @@ class RamUse(TypedDict):
     peak: int
 
 
-Status = TypedDict(
-    "Status",
-    {
-        "mount": str,
-        "state": str,
-        "runtime": str,
-        "version": str,
-        "pid": int,
-        "keeper-pid": int | None,
-        "generation": int,
-        "started": float,
-        "policy": Policy,
-        "disks": list[Disk],
-        "snapshots": list[Snapshot],
-        "store": StoreUse,
-        "ram": RamUse,
-    },
-)
-
-
 Cost = TypedDict(
     "Cost",
     {
@@ -135,6 +115,27 @@ Job = TypedDict(
         "target": str,
         "sync": str,
         "cost": Cost,
+    },
+)
+
+
+Status = TypedDict(
+    "Status",
+    {
+        "mount": str,
+        "state": str,
+        "runtime": str,
+        "version": str,
+        "pid": int,
+        "keeper-pid": int | None,
+        "generation": int,
+        "started": float,
+        "policy": Policy,
+        "disks": list[Disk],
+        "snapshots": list[Snapshot],
+        "store": StoreUse,
+        "ram": RamUse,
+        "jobs": list[Job],
     },
 )
 

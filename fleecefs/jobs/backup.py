@@ -132,7 +132,6 @@ class BackupJob(Job):
         # None once it has been let go of.
         self._private: PrivateSnapshot | None = private
         self._target = target
-        self._copier: Copier | None = None
         self._cost = _cost_of(private)
         self._count_progress(private)
 
@@ -157,13 +156,12 @@ class BackupJob(Job):
         assert target is not None
         if self.options.sync is Sync.FULL and not self.restarts:
             await self._empty(target)
-        self._copier = self._new_copier(private, target)
-        await self._copier.run()
+        await self._new_copier(private, target).run()
         _check(private)
         reached("job.copied")
         # What a flush could not write is released already: there is no second try.
         with self.in_flight():
-            await _in_thread(target.flush)
+            await _in_thread(target, target.flush)
         reached("job.flushed")
 
     async def _empty(self, target: Target) -> None:
@@ -171,7 +169,7 @@ class BackupJob(Job):
             await self.turn()
             try:
                 with self.in_flight():
-                    return await _in_thread(target.empty)
+                    return await _in_thread(target, target.empty)
             except OSError as e:
                 await self.on_error(e, is_read=False)
 
@@ -204,7 +202,8 @@ class BackupJob(Job):
             return
         if self.options.sync is not Sync.NONE:
             # A part of a backup is none: nobody shall take it for one.
-            await self._with_target(target.remove, _CLOSE_SECONDS)
+            with trio.move_on_after(_CLOSE_SECONDS):
+                await _in_thread(target, target.remove)
         elif self.is_cancelled and private.snapshot.lost is None:
             await self._copy_last(private, target)
 
@@ -214,13 +213,11 @@ class BackupJob(Job):
         with trio.move_on_after(_LAST_SECONDS):
             try:
                 await copier.run()
-                await _in_thread(target.flush)
+                await _in_thread(target, target.flush)
                 return
             except OSError as e:
                 log.warning("job %s: the last of it failed: %s", self.id, describe(e))
                 return
-            finally:
-                self._copier = copier
         log.warning(
             "job %s: not all that was overwritten has come to the target in %g s",
             self.id,
@@ -231,23 +228,18 @@ class BackupJob(Job):
         if self._has_cleaned:
             return
         self._has_cleaned = True
-        private, target, copier = self._private, self._target, self._copier
+        private, target = self._private, self._target
         assert private is not None
         self._cost = self._cost_now()
-        self._private = self._target = self._copier = None
+        self._private = self._target = None
         private.broke = lambda reason: None
         # First: without it the snapshot is an orphan, whatever happens next.
         await trio.to_thread.run_sync(self._record.remove)
         reached("job.forgotten")
         await trio.to_thread.run_sync(self._inventory.delete_private, private)
-        # A thread that hangs in it closes it when it comes back.
-        if target is not None and (copier is None or not copier.threads):
-            await self._with_target(target.close, _CLOSE_SECONDS)
-
-    async def _with_target(self, function: Callable[[], None], seconds: float) -> None:
-        """Call what may hang, and do not wait for it for long."""
-        with trio.move_on_after(seconds):
-            await _in_thread(function)
+        if target is not None:
+            with trio.move_on_after(_CLOSE_SECONDS):
+                await _in_thread(target, target.close)
 
     def save(self) -> None:
         if self._has_cleaned:
@@ -317,10 +309,15 @@ def _broken(reason: str) -> SnapshotLost:
     return SnapshotLost(f"its snapshot is broken: {reason}")
 
 
-async def _in_thread(function: Callable[[], None]) -> None:
+async def _in_thread(target: Target, function: Callable[[], None]) -> None:
     """Run what may hang in the target, in a thread that can be abandoned."""
+
+    def run() -> None:
+        with target.used():
+            function()
+
     limiter = trio.CapacityLimiter(1)
-    await trio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=limiter)
+    await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
 
 
 def create_backups(

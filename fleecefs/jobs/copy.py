@@ -25,7 +25,6 @@ comes back, and does nothing more.
 """
 
 import contextlib
-import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -381,13 +380,6 @@ class Copier:
         # Of our own: threads that hang take nothing from anybody else.
         self._limiter = trio.CapacityLimiter(workers + 1)
         self._buffers: list[bytearray] = []
-        self._threads = 0
-        self._lock = threading.Lock()
-
-    @property
-    def threads(self) -> int:
-        """How many threads are busy with the target, also abandoned ones."""
-        return self._threads
 
     async def run(self) -> None:
         """Copy until nothing is left, with Sync.NONE for ever; raise what failed."""
@@ -512,13 +504,8 @@ class Copier:
 
     async def _in_thread(self, function: Callable[[], object]) -> None:
         def run() -> None:
-            with self._lock:
-                self._threads += 1
-            try:
+            with self._target.used():
                 function()
-            finally:
-                with self._lock:
-                    self._threads -= 1
 
         await trio.to_thread.run_sync(
             run, abandon_on_cancel=True, limiter=self._limiter

@@ -248,6 +248,11 @@ class Job:
         return self.error is None
 
     @property
+    def is_busy(self) -> bool:
+        """Whether something is being read or written."""
+        return self._in_flight > 0
+
+    @property
     def is_over(self) -> bool:
         return self.status in OVER
 
@@ -303,7 +308,7 @@ class Job:
         """Return what QEMU's query-block-jobs tells."""
         return {
             **self._summary(),
-            "busy": self._in_flight > 0,
+            "busy": self.is_busy,
             "paused": self._holds > 0,
             "io-status": self.io_status,
             "ready": self.status in (JobStatus.READY, JobStatus.STANDBY),

@@ -13,6 +13,7 @@ from fleecefs.errors import BadName, Busy, NameTaken, NotFound
 from fleecefs.jobs.job import Emit, Job
 from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.status import JobStatus
+from fleecefs.jobs.target import busy_targets
 from fleecefs.jobs.transaction import Transaction
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,10 @@ ID_LENGTH_MAX = 255
 CREATORS_MAX = 16
 # A client waits a minute for an answer, and this is a better one than none.
 RESUME_SECONDS = 30.0
+# What is in flight when jobs are to rest ends in that time, or hangs: a slow target may
+# need some seconds for 24 chunks of 1 MiB.
+REST_SECONDS = 10.0
+_POLL_SECONDS = 0.01
 
 # Blocking; returns a job for each, all of one instant, or raises OSError and has
 # left nothing behind.
@@ -104,8 +109,31 @@ class Jobs:
         if self._nursery is not None:
             await self._closed.wait()
 
-    def check_end(self) -> None:
+    async def rest(self) -> None:
+        """Return when all jobs rest and nobody is in a target; Busy if one hangs.
+
+        For the end of a daemon whose guests shall not wait for that.
+        """
+        resting = [job for job in self._jobs.values() if not job.is_over]
+        for job in resting:
+            job.hold()
+        try:
+            with trio.move_on_after(REST_SECONDS):
+                while busy_targets() or any(job.is_busy for job in resting):
+                    await trio.sleep(_POLL_SECONDS)
+            if busy := busy_targets():
+                raise Busy(
+                    f"target {busy[0]} does not answer, and a process that waits for "
+                    "it can not end: try again when it does"
+                )
+        except BaseException:
+            for job in resting:
+                job.release()
+            raise
+
+    async def check_end(self) -> None:
         """Raise Busy while a job would be cancelled by an end of the mount."""
+        await self.wait_resumed()
         working = [job.id for job in self._jobs.values() if not job.is_over]
         if working:
             raise Busy(

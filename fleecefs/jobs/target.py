@@ -9,7 +9,8 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fleecefs.block.bitmap import sync_directory
@@ -23,6 +24,19 @@ _ZEROES = bytes(1 * MiB)
 # ioctl_ficlonerange(2): struct file_clone_range, and _IOW(0x94, 13, …).
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")
+
+# linux/fs.h: _IO(0x12, 94)
+_BLKROGET = 0x125E
+
+
+# Those that threads are busy with. A process can not end before they have come back,
+# not even when it is killed: the kernel waits for the storage.
+_busy: set["Target"] = set()
+
+
+def busy_targets() -> list[str]:
+    """Return the paths of targets that threads are busy with, also abandoned ones."""
+    return [str(target.path) for target in list(_busy)]
 
 
 class Target:
@@ -47,6 +61,29 @@ class Target:
         self._image = image
         # What has a descriptor of its own.
         self._file = image if isinstance(image, RawImage) else None
+        self._lock = threading.Lock()
+        # How many threads are busy with it, also abandoned ones.
+        self.users = 0
+        self._is_closing = False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep it open meanwhile: for a thread that may hang in it."""
+        with self._lock:
+            if self._is_closing:
+                raise OSError(errno.EBADF, "the target is closed")
+            self.users += 1
+            _busy.add(self)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.users -= 1
+                if not self.users:
+                    _busy.discard(self)
+                is_last = self._is_closing and not self.users
+            if is_last:
+                self._image.close()
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of it, or raise: written twice, it is the same."""
@@ -119,7 +156,12 @@ class Target:
         return self._image.allocated()
 
     def close(self) -> None:
-        self._image.close()
+        """Let go of it; the last thread that is busy with it closes it."""
+        with self._lock:
+            self._is_closing = True
+            is_unused = not self.users
+        if is_unused:
+            self._image.close()
 
 
 class Surroundings:
@@ -215,6 +257,8 @@ def _open(path: Path, size: int, found: os.stat_result) -> Target:
     try:
         if not os.path.samestat(os.fstat(fd), found):
             raise NotUsable(f"target {path}: was replaced just now")
+        if is_device and _is_read_only(fd):
+            raise NotUsable(f"target {path}: is a read-only device")
         lock_whole(fd, str(_in_use(path)))
         has = os.lseek(fd, 0, os.SEEK_END)
         if has < size or (has > size and not is_device):
@@ -226,6 +270,11 @@ def _open(path: Path, size: int, found: os.stat_result) -> Target:
         os.close(fd)
         raise
     return Target(RawImage(fd, size), path)
+
+
+def _is_read_only(fd: int) -> bool:
+    """Tell whether a device, which is open for writing, is read-only all the same."""
+    return struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4))) != (0,)
 
 
 def _create(path: Path, size: int) -> Target:

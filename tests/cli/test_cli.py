@@ -69,6 +69,14 @@ def test_status_fits_a_terminal(daemon):
     assert "\x1b" not in text
 
 
+def test_status_says_that_a_timeout_of_zero_is_none(daemon):
+    limited = output_of("status")
+    daemon.cbw_timeout = 0.0
+
+    assert "break-snapshot, after 10 s; snapshots" in limited
+    assert "break-snapshot, no time limit; snapshots" in output_of("status")
+
+
 def test_names_are_not_markup_and_cannot_move_the_cursor(daemon):
     daemon.inventory.disks["[red]x[/red]"] = "/a\x1b[2Jb\udcff"
 
@@ -104,7 +112,7 @@ def test_json_is_the_daemons_answer(daemon):
 
     assert created == shown == daemon.inventory.describe_snapshot("nightly")
     assert listed == [created]
-    assert status == daemon.status()
+    assert status == daemon.status() | {"jobs": []}
     assert mapped == {"size": SIZE, "extents": daemon.inventory.extents, "next": None}
 
 

@@ -453,6 +453,27 @@ def test_jobs_are_listed(daemon):
 
 
 @pytest.mark.usefixtures("slow")
+def test_status_has_a_line_for_each_job_that_is_not_over(daemon, backups):
+    started("web.raw", "/b/web")
+    started("db.raw", "/b/db")
+    backups.seconds = 0
+    output_of("backup", "db.raw", "/b/old", "--job-id", "old", "--no-auto-dismiss")
+    wait_until(lambda: status_of(daemon, "db.raw") == "running")
+    backups.jobs["web.raw"].progress.current = 1234
+    backups.jobs["web.raw"].progress.remaining = SIZE - 1234
+    output_of("job", "pause", "db.raw")
+
+    *_, titles, web, db = output_of("status").splitlines()
+    as_json = json.loads(output_of("status", "--json"))["jobs"]
+
+    assert titles.split() == ["JOB", "TYPE", "DONE", "PACE"]
+    assert web.split()[:4] == ["web.raw", "backup", "12", "%"]
+    assert "/s, " in web
+    assert db.split()[:4] == ["db.raw", "backup", "0", "%"]
+    assert [job["id"] for job in as_json] == ["web.raw", "db.raw", "old"]
+
+
+@pytest.mark.usefixtures("slow")
 def test_a_job_is_shown(daemon, backups):
     started("web.raw", "/backup/web.raw", "--speed", "1MiB")
     wait_until(lambda: status_of(daemon) == "running")

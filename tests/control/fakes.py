@@ -110,6 +110,7 @@ class FakeDaemon:
         self.mount = "/mnt/live"
         self.pid = NO_PID
         self.users = None
+        self.cbw_timeout = 10.0
         self.events = Events()
         self.inventory = FakeInventory(self.events.emit)
         self.backups = FakeBackups()
@@ -127,7 +128,7 @@ class FakeDaemon:
             "started": CREATED,
             "policy": {
                 "on-cbw-error": "break-snapshot",
-                "cbw-timeout": 10.0,
+                "cbw-timeout": self.cbw_timeout,
                 "durability": "process",
             },
             "disks": self.inventory.describe_disks(),

@@ -159,7 +159,9 @@ async def test_version_is_three_numbers(commands):
 
 
 async def test_status_is_the_daemons(commands):
-    assert await value_of(commands, "fleecefs-status") == {"mount": "/mnt/live"}
+    status = await value_of(commands, "fleecefs-status")
+
+    assert status == {"mount": "/mnt/live", "jobs": []}
 
 
 async def test_a_snapshot_is_created_shown_listed_and_deleted(commands):

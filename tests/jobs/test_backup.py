@@ -632,6 +632,28 @@ async def test_a_flush_that_hangs_can_be_cancelled(web, target):
         assert job.is_cancelled
 
 
+@pytest.mark.logs("job web.raw failed: injected into pwrite")
+async def test_whose_target_failed_lets_go_of_it(web, content, target):
+    target.write_bytes(bytes(3 * MiB))
+    async with running(web) as jobs:
+        (job,) = await start(jobs, wanted(target, speed=NEVER))
+        await wait_for(lambda: job.progress.current)
+        file = job._target._file
+        stay = hook(job, Gate).hold("pwrite")
+        hook(job, Faulty, on="pwrite", nth=2)
+        job.set_speed(0)
+        await trio.to_thread.run_sync(stay.wait_arrived)
+        await ended(job)
+        # One of its threads is still in the target.
+        with pytest.raises(Busy, match="in use by another job"):
+            await start(jobs, wanted(target, job_id="early"))
+        stay.release()
+        await wait_for(lambda: file.fd < 0)
+        await ended((await start(jobs, wanted(target, job_id="next")))[0])
+
+    assert target.read_bytes() == content
+
+
 async def test_until_finalized_it_costs_nothing(web, content, target):
     async with running(web) as jobs:
         (job,) = await start(jobs, wanted(target, auto_finalize=False))

@@ -9,11 +9,13 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from fleecefs.block.memory import MemoryImage
 from fleecefs.errors import BadName, Busy, NameTaken, NotFound
 from fleecefs.jobs import registry
 from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.registry import ENDED_MAX, Jobs
 from fleecefs.jobs.status import JobStatus
+from fleecefs.jobs.target import Target
 from tests.jobs.fakes import FakeBackup, FakeBackups, Heard
 
 
@@ -122,7 +124,10 @@ async def test_kept_until_dismissed_also_by_the_next_daemon(backups, heard, tmp_
     assert kept.status is JobStatus.CONCLUDED
     assert kept.describe() == job.describe() | {"elapsed": kept.describe()["elapsed"]}
     assert kept.describe_block_job() == job.describe_block_job()
-    again.check_end()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(again.run)
+        await again.check_end()
+        await again.close()
     kept.dismiss()
     assert again.all() == []
     assert Jobs(backups, heard, path).all() == []
@@ -259,6 +264,9 @@ async def test_targets_that_hang_in_resuming_hold_nobody_for_ever(
 
         with pytest.raises(Busy, match="try again"):
             await jobs.wait_resumed()
+        # Nor does the mount end under jobs that nobody knows yet.
+        with pytest.raises(Busy, match="try again"):
+            await jobs.check_end()
 
         await jobs.close()
         hanging.set()
@@ -277,12 +285,12 @@ async def test_close_cancels_and_waits_until_all_is_clean(jobs, heard):
         job.clean = clean
         await wait_all_tasks_blocked()
         with pytest.raises(Busy, match=r"fleecefs job wait web\.raw"):
-            jobs.check_end()
+            await jobs.check_end()
 
         await jobs.close()
 
         assert cleaned == [True]
-        jobs.check_end()
+        await jobs.check_end()
         with pytest.raises(Busy):
             await started(jobs, of())
     assert heard.named("BLOCK_JOB_CANCELLED")[0]["device"] == "web.raw"
@@ -314,7 +322,7 @@ async def test_failed_jobs_do_not_hold_the_end(jobs, backups):
         while not job.is_over:
             await trio.sleep(0)
 
-        jobs.check_end()
+        await jobs.check_end()
         await jobs.close()
 
 
@@ -377,3 +385,33 @@ async def test_a_target_that_hangs_does_not_hold_the_end(heard, hanging):
 
     assert refused == ["the mount is ending"]
     assert jobs.all() == []
+
+
+# -- rest, for the next daemon
+
+
+async def test_jobs_rest_when_nothing_is_in_flight(autojump_clock, jobs, heard):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        [job] = await started(jobs, of())
+        await trio.sleep(0.5)
+        await jobs.rest()
+
+        assert (job.status, job.is_user_paused) == (JobStatus.PAUSED, False)
+        assert not job.is_busy
+        await jobs.close()
+
+
+async def test_jobs_go_on_if_a_target_hangs(autojump_clock, jobs):
+    target = Target(MemoryImage(4096), Path("/backup/hangs"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        [job] = await started(jobs, of())
+        await trio.sleep(0.5)
+        with target.used(), pytest.raises(Busy, match="target /backup/hangs does not"):
+            await jobs.rest()
+
+        assert job.status is JobStatus.RUNNING
+        await jobs.rest()
+        assert job.status is JobStatus.PAUSED
+        await jobs.close()

@@ -15,7 +15,13 @@ import pytest
 from fleecefs.block.memory import MemoryImage
 from fleecefs.block.raw import RawImage
 from fleecefs.errors import Busy, NotUsable, Unsupported
-from fleecefs.jobs.target import Surroundings, Target, open_target, reopen_target
+from fleecefs.jobs.target import (
+    Surroundings,
+    Target,
+    busy_targets,
+    open_target,
+    reopen_target,
+)
 from fleecefs.units import MiB
 from tests.support.faulty import Faulty, Full
 
@@ -479,3 +485,20 @@ def test_messages_name_the_target_once(tmp_path, around):
         open_target(tmp_path, SIZE, around)
 
     assert len(re.findall(str(tmp_path), str(e.value))) == 1
+
+
+def test_who_is_busy_with_a_target_closes_it(tmp_path, around):
+    target = open_target(tmp_path / "copy.raw", SIZE, around)
+    with target.used():
+        with target.used():
+            target.close()
+            inside = busy_targets()
+            with pytest.raises(OSError, match="is closed"), target.used():
+                pass
+        target.flush()
+    after = busy_targets()
+
+    assert inside == [str(tmp_path / "copy.raw")]
+    assert after == []
+    # Nobody has it locked any more.
+    open_target(tmp_path / "copy.raw", SIZE, around).close()
