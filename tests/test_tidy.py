@@ -150,6 +150,14 @@ def test_keeper_needs_nothing_that_could_fail():
     assert not libraries(source) & {"threading", "_thread", "concurrent"}
 
 
+def test_qcow2_stands_on_its_own():
+    sources = [path.read_text() for path in (PACKAGE / "qcow2").glob("*.py")]
+
+    for source in sources:
+        assert libraries(source) <= sys.stdlib_module_names | {"fleecefs", "bitarray"}
+        assert own_imports(source) <= {"units", "errors", "qcow2"}
+
+
 @each_module
 def test_names_say_what_a_module_is(path):
     names = path.relative_to(PACKAGE).with_suffix("").parts
