@@ -17,6 +17,7 @@ from bench_processes import (
     is_mounted,
     run,
     running,
+    touch_memory,
     undisturbed,
     unmount_lazily,
 )
@@ -50,7 +51,7 @@ def backup(mounted: Mounted, seconds: float) -> Sample:
 def timed_backup(mounted: Mounted) -> tuple[dict[str, float], Period]:
     """Back up to a new file; return what that took as a whole, and when the job ran."""
     data = allocated(mounted)
-    touch_memory(mounted, data)
+    touch_memory(data + EXTRA_SIZE)
     start = time.monotonic()
     with mounted.backup(mounted.directory / "backup.raw") as job:
         period = job.finish()
@@ -66,22 +67,6 @@ def timed_backup(mounted: Mounted) -> tuple[dict[str, float], Period]:
 def allocated(mounted: Mounted) -> int:
     """Return the bytes of data in the source."""
     return mounted.source.stat().st_blocks * 512
-
-
-def touch_memory(mounted: Mounted, size: int) -> None:
-    """Have so much free memory that has been touched, and a bit more.
-
-    A virtual machine gives free memory back to its host after some seconds, and pays
-    for that when it is used again. So this has to come right before what is measured.
-    """
-    path = mounted.directory / "touched"
-    zeroes = bytes(1 * MiB)
-    try:
-        with path.open("wb", buffering=0) as file:
-            for _ in range((size + EXTRA_SIZE) // len(zeroes)):
-                file.write(zeroes)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 # --- A busy guest ---------------------------------------------------------------
@@ -165,7 +150,7 @@ def percentile(mounted: Mounted, seconds: float) -> float:
         runtime=f"{seconds * 1000:.0f}ms",
         ramp_time="500ms",
     )
-    touch_memory(mounted, 0)
+    touch_memory(EXTRA_SIZE)
     output = run(*command, timeout=PATIENCE_SECONDS)
     value = fio_numbers(output, "write")["clat_p99_ms"]
     if not value:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench_fio import KiB, MiB, direction_of, fio_command, fio_numbers
-from bench_processes import PATIENCE_SECONDS, Failed, run, running
+from bench_processes import PATIENCE_SECONDS, Failed, run, running, touch_memory
 from bench_sides import Mounted
 
 # So many snapshots are created in one run under load.
@@ -91,6 +91,8 @@ def read_with(command: Callable[[Path], list[str]], overwritten: float) -> Measu
         if overwritten:
             overwriting("randwrite", "4k", 16, overwritten)(mounted, seconds)
         warm(mounted.source)
+        # What the kernel caches of the snapshot.
+        touch_memory(mounted.size)
         start = time.monotonic()
         count = run(*command(mounted.snapshots[-1]), timeout=PATIENCE_SECONDS)
         elapsed = time.monotonic() - start
