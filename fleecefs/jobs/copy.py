@@ -156,34 +156,32 @@ class Todo:
         chunks: list[Chunk] = []
         room = CHUNK_SIZE_MAX
         while room > 0:
-            chunk = self._claim_first_time()
+            chunk = self.claim(also_postponed=not chunks)
             if chunk is None:
                 break
             chunks.append(chunk)
+            if chunk.is_retry:
+                break
             room -= chunk.length
-        if not chunks and self._postponed:
-            chunks.append(self._claim_postponed())
         return chunks
 
-    def claim(self) -> Chunk | None:
+    def claim(self, *, also_postponed: bool = True) -> Chunk | None:
         """Take what is to be copied next; None if there is nothing just now.
 
         Raises SnapshotLost if the snapshot is broken.
         """
-        chunk = self._claim_first_time()
-        if chunk is None and self._postponed:
-            chunk = self._claim_postponed()
-        return chunk
-
-    def _claim_first_time(self) -> Chunk | None:
         if self._sync is Sync.NONE:
-            return self._claim_preserved(also_on_disk=True)
-        return (
-            self._claim_urgent()
-            or self._claim_next()
-            or self._claim_preserved()
-            or self._claim_last()
-        )
+            chunk = self._claim_preserved(also_on_disk=True)
+        else:
+            chunk = (
+                self._claim_urgent()
+                or self._claim_next()
+                or self._claim_preserved()
+                or self._claim_last()
+            )
+        if chunk is None and also_postponed and self._postponed:
+            return self._claim_postponed()
+        return chunk
 
     def _claim_urgent(self) -> Chunk | None:
         if self._urgent_seconds > 0 or not self.is_noted or not self._is_urgent():

@@ -92,6 +92,33 @@ def test_what_is_between_is_not_read_from_disk_if_it_is_most():
     assert reads_of("disk", texts) == [(0, 1), (3, 1), (7, 1), (9, 1)]
 
 
+def discards_of(*kept):
+    """Return what is discarded when a tier frees all that it has."""
+    count = 600
+    tier = make_tier(
+        "ram", MemoryImage(count * CLUSTER), bits=make_bits(count * CLUSTER)
+    )
+    for cluster in kept:
+        tier.put(clusters("a"), cluster, cluster + 1)
+    asked = []
+    tier.image.discard = watch(asked, tier.image.discard)
+
+    tier.free(0, count)
+
+    assert not tier.bits.any()
+    assert used(tier) == 0
+    assert tier.image.allocated() == 0
+    return asked
+
+
+def test_clusters_near_each_other_are_freed_in_one_call():
+    assert discards_of(1, 3, 4, 200) == [(1, 200)]
+
+
+def test_clusters_far_from_each_other_are_not():
+    assert discards_of(0, 2, 300, 599) == [(0, 3), (300, 1), (599, 1)]
+
+
 # -- budgets
 
 

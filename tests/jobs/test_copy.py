@@ -211,6 +211,35 @@ def test_what_could_not_be_read_comes_last_and_in_halves():
     assert claims(todo) == [(256, 512), (512, 600), (0, 128), (128, 256)]
 
 
+def batches(todo):
+    """Claim everything, as workers do."""
+    found = []
+    while chunks := todo.claim_some():
+        found.append([(chunk.first, chunk.stop) for chunk in chunks])
+    return found
+
+
+def test_small_chunks_come_together():
+    disk = make_disk(clusters("a" * 600))
+    todo = todo_of(disk, take_private(disk, *tiers_of(disk)), is_urgent=True)
+    disk.write(clusters("b"), 550 * CLUSTER)
+    disk.write(clusters("b"), 580 * CLUSTER)
+
+    assert batches(todo) == [
+        [(550, 551), (580, 581), (0, 256)],
+        [(256, 512)],
+        [(512, 550), (551, 580), (581, 600)],
+    ]
+
+
+def test_what_is_tried_again_comes_alone():
+    disk = make_disk(clusters("a" * 600))
+    todo = todo_of(disk, take_private(disk))
+    todo.postpone(todo.claim())
+
+    assert batches(todo) == [[(256, 512)], [(512, 600)], [(0, 128)], [(128, 256)]]
+
+
 # -- what is copied
 
 

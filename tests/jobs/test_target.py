@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import socket
 import stat
 import subprocess
@@ -24,6 +23,7 @@ from fleecefs.jobs.target import (
 )
 from fleecefs.units import MiB
 from tests.support.faulty import Faulty, Full
+from tests.support.mount import require_mount
 
 SIZE = 1 * MiB
 
@@ -252,8 +252,7 @@ def test_there_is_no_file_left_if_its_directory_can_not_be_synced(
 @pytest.fixture
 def loop(tmp_path):
     """A function that makes a loop device of so many bytes."""
-    if os.getuid() or not shutil.which("losetup"):
-        pytest.skip("needs root and losetup")
+    require_mount()
     made = []
 
     def loop(size, path=None):
@@ -264,8 +263,7 @@ def loop(tmp_path):
         done = subprocess.run(
             ["losetup", "--find", "--show", path], capture_output=True, text=True
         )
-        if done.returncode:
-            pytest.skip(f"no loop device: {done.stderr}")
+        assert done.returncode == 0, done.stderr
         made.append(done.stdout.strip())
         return type(path)(made[-1])
 
@@ -445,8 +443,6 @@ def test_only_a_file_that_the_job_made_is_removed(tmp_path, around, what):
 @pytest.fixture(params=["xfs", "btrfs"])
 def sharing(request, tmp_path, loop):
     """A directory on a file system that can share ranges of files."""
-    if not shutil.which(f"mkfs.{request.param}"):
-        pytest.skip(f"needs mkfs.{request.param}")
     device = loop(400 * MiB)
     where = tmp_path / "mnt"
     where.mkdir()
