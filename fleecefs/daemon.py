@@ -23,6 +23,7 @@ import sdnotify
 import trio
 
 from fleecefs import __version__, logs
+from fleecefs.bitmaps.steps import Step
 from fleecefs.block.epoch import OnCbwError
 from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.events import Events
@@ -211,7 +212,7 @@ class Daemon:
 
     # -- for the control socket
 
-    def _create_backups(self, wanted: Sequence[BackupOptions]) -> Sequence[Job]:
+    def _create_backups(self, wanted: Sequence[BackupOptions | Step]) -> Sequence[Job]:
         return create_backups(self._inventory, wanted, self._check_target)
 
     def _check_target(self, path: str) -> None:
@@ -265,6 +266,7 @@ def _options(settings: dict[str, Any]) -> Options:
         cbw_timeout=settings["cbw_timeout"],
         cluster_size=settings["cluster_size"],
         survives_host=settings["durability"] == "host",
+        has_bitmaps=settings["bitmaps"] == "auto",
     )
 
 

@@ -18,16 +18,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from uuid import UUID, uuid4
 
+from bitarray import bitarray
+
+from fleecefs.bitmaps.mount import MountBitmaps
+from fleecefs.bitmaps.steps import Step
 from fleecefs.block.bitmap import LiveBits, Owner
 from fleecefs.block.disk import (
     CLUSTER_SIZE_MAX,
     CLUSTER_SIZE_MIN,
     Disk,
     default_cluster_size,
+    drained,
     freeze,
 )
 from fleecefs.block.epoch import Epoch, History, OnCbwError
@@ -76,6 +82,8 @@ class Options:
     cbw_timeout: float = 10.0
     cluster_size: int | None = None
     survives_host: bool = False
+    # Whether persistent dirty bitmaps are loaded.
+    has_bitmaps: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,12 @@ class Inventory:
         self.budgets = Budgets(
             Budget(options.ram_limit, "ram"), Budget(options.store_limit, "disk")
         )
+        self.bitmaps = MountBitmaps(
+            self.runtime_path,
+            directory.path,
+            _limit(options.cbw_timeout),
+            self._bitmap_lost,
+        )
         self.disks: dict[str, Disk] = {}
         self.inodes: dict[str, int] = {}
         self.snapshots: dict[str, SnapshotGroup] = {}
@@ -158,6 +172,8 @@ class Inventory:
         self._emit = emit
         self._control = threading.Lock()
         self._has_closed = False
+        # Disks whose sources somebody else has changed.
+        self._changed: set[str] = set()
         self._sources: dict[UUID, RawImage] = {}
         self._epoch_files: dict[Epoch, EpochFiles] = {}
         # Snapshots that broke under a guest's write; None ends the thread.
@@ -196,12 +212,14 @@ class Inventory:
         try:
             self._load(sources)
         except BaseException:
+            self.bitmaps.close_files()
             self._close_files()
             # The bits of a daemon that crashed are kept there.
             if self._end is End.CLEAN:
                 runtime.remove(self.runtime_path)
             raise
         self._recorder.start()
+        self.bitmaps.start()
         return self
 
     def _load(self, sources: dict[str, Path]) -> None:
@@ -218,6 +236,8 @@ class Inventory:
             self._add_group(snapshot)
         for private in state.private:
             self._add_private(private)
+        for record in state.disks:
+            self._load_bitmaps(record)
         for name, disk_name, reason in set(self._lost_files()) - lost:
             log.error("snapshot %s of %s is broken: %s", name, disk_name, reason)
         reached("start.loaded")
@@ -229,6 +249,16 @@ class Inventory:
             self._collect(disk)
         reached("start.collected")
         self._remove_orphans()
+
+    def _load_bitmaps(self, record: DiskRecord) -> None:
+        self.bitmaps.load(
+            record,
+            self.disks[record.name],
+            self._end,
+            {private.key for private in self._state.private},
+            changed=_CHANGED if record.name in self._changed else None,
+            autoload=self.options.has_bitmaps,
+        )
 
     def _is_kept(self, private: PrivateRecord, disks: Iterable[str]) -> bool:
         """Tell whether a job needs this snapshot to go on."""
@@ -256,6 +286,11 @@ class Inventory:
             for path in base.glob("disks/*/epochs/*"):
                 if (path.parts[-3], path.name) not in known:
                     shutil.rmtree(path, ignore_errors=True)
+        for record in self._state.disks:
+            numbers = {n for b in record.bitmaps for n in (b.number, b.frozen)}
+            for path in self.runtime_path.glob(f"disks/{record.name}/bitmaps/*.bits"):
+                if int(path.stem) not in numbers:
+                    path.unlink()
         # Nor is what was counted of a disk that is left out: it comes back as another.
         for path in self.runtime_path.glob("disks/*"):
             if path.name not in self.disks:
@@ -267,13 +302,13 @@ class Inventory:
             if record.name in names:
                 continue
             users = [
-                snapshot.name
+                f"snapshot {snapshot.name!r}"
                 for snapshot in self._state.snapshots
                 if any(file.disk == record.name for file in snapshot.files)
-            ]
+            ] + [f"bitmap {b.name!r}" for b in record.bitmaps if b.persistent]
             if users:
                 raise NotUsable(
-                    f"state {self.state_path}: snapshot {users[0]!r} needs disk "
+                    f"state {self.state_path}: {users[0]} needs disk "
                     f"{record.name!r}: add --disk {record.name}={record.source}, "
                     "or give another --state directory"
                 )
@@ -288,6 +323,7 @@ class Inventory:
         status = source.status()
         if self._is_changed(record, source):
             self._lose_all(name, _CHANGED)
+            self._changed.add(name)
         if record.size != source.size:
             record.epochs.clear()
             record.size = source.size
@@ -438,6 +474,8 @@ class Inventory:
             # Whose jobs have not ended: they do not go on.
             for private in list(self.private.values()):
                 self._drop_private(private)
+            self.bitmaps.close()
+            reached("end.bitmaps")
             for epoch, files in list(self._epoch_files.items()):
                 try:
                     files.save(epoch)
@@ -496,6 +534,7 @@ class Inventory:
             live = {epoch.number for epoch in self.disks[record.name].history.epochs}
             record.epochs = [e for e in record.epochs if e.number in live]
         self._directory.save(self._state)
+        self.bitmaps.collect()
 
     def _save_gone(self) -> None:
         """Save that epochs or snapshots are gone, if possible.
@@ -510,11 +549,15 @@ class Inventory:
     # -- snapshots
 
     def create_snapshot(
-        self, name: str, disks: Sequence[str] | None = None
+        self,
+        name: str,
+        disks: Sequence[str] | None = None,
+        steps: Sequence[Step] = (),
     ) -> SnapshotGroup:
         """Freeze all or some disks at one instant, under a new name.
 
-        Raises BadName, NameTaken, NotFound for a disk, OSError if there is no room.
+        `steps` are what happens to bitmaps at the same instant. Raises BadName,
+        NameTaken, NotFound for a disk, OSError if there is no room.
         """
         check_name(name, "snapshot")
         with self._control:
@@ -523,7 +566,9 @@ class Inventory:
             chosen = self._choose(disks)
             record = SnapshotRecord(name, self._state.new_inode(), 0, 0, [])
             epochs = []
+            prepared: list[Step] = []
             try:
+                self._prepare(steps, prepared)
                 for disk in chosen:
                     epochs.append(self._prepare_epoch(disk, record))
                     reached("create.prepared")
@@ -533,7 +578,7 @@ class Inventory:
                 self._directory.save(self._state)
                 reached("create.saved")
                 begin = time.monotonic_ns()
-                freeze(chosen, epochs)
+                freeze(chosen, epochs, _disks_of(steps), partial(_apply, steps))
                 reached("create.frozen")
                 record.held_ns = time.monotonic_ns() - begin
                 record.created_ns = time.time_ns()
@@ -546,9 +591,11 @@ class Inventory:
                 self._save()
                 reached("create.recorded")
             except BaseException:
+                _undo(prepared)
                 self._undo_create(chosen, epochs, record)
                 raise
             group = self._add_group(record)
+            self._finish(steps)
         self._emit(
             "FLEECEFS_SNAPSHOT_CREATED",
             {
@@ -717,11 +764,14 @@ class Inventory:
 
     # -- private snapshots
 
-    def create_private(self, wanted: Sequence[PrivateOptions]) -> list[PrivateSnapshot]:
+    def create_private(
+        self, wanted: Sequence[PrivateOptions], steps: Sequence[Step] = ()
+    ) -> list[PrivateSnapshot]:
         """Freeze disks at one instant, each for a job; nobody else sees it.
 
-        Raises NotFound for a disk, OSError if there is no room; then nothing is left.
-        Over a crash of the daemon a snapshot is kept if its job is (jobs/KEY.json).
+        `steps` are what happens to bitmaps at the same instant. Raises NotFound for a
+        disk, OSError if there is no room; then nothing is left. Over a crash of the
+        daemon a snapshot is kept if its job is (jobs/KEY.json).
         """
         with self._control:
             self.check_open()
@@ -729,7 +779,9 @@ class Inventory:
             epochs: list[Epoch] = []
             records: list[PrivateRecord] = []
             before = list(self._state.private)
+            prepared: list[Step] = []
             try:
+                self._prepare(steps, prepared)
                 for options in wanted:
                     disk = self.find_disk(options.disk)
                     disks.append(disk)
@@ -740,7 +792,7 @@ class Inventory:
                 # Ahead of the instant, as for all snapshots.
                 self._directory.save(self._state)
                 reached("private.saved")
-                freeze(disks, epochs)
+                freeze(disks, epochs, _disks_of(steps), partial(_apply, steps))
                 reached("private.frozen")
                 now = time.time_ns()
                 for record in records:
@@ -750,8 +802,10 @@ class Inventory:
                 reached("private.recorded")
             except BaseException:
                 self._state.private = before
+                _undo(prepared)
                 self._undo_epochs(disks, epochs)
                 raise
+            self._finish(steps)
             return [self._add_private(record) for record in records]
 
     def check_open(self) -> None:
@@ -812,6 +866,7 @@ class Inventory:
 
     def _drop_private(self, private: PrivateSnapshot) -> None:
         del self.private[private.record.key]
+        self._thaw(private.record.key, is_copied=False)
         self._state.private.remove(private.record)
         # Out of the state before any of its data goes.
         self._save_gone()
@@ -819,6 +874,91 @@ class Inventory:
         private.disk.history.retire(private.snapshot.epoch, "its job has ended")
         self._collect(private.disk)
         reached("private.dropped")
+
+    # -- dirty bitmaps
+
+    def change_bitmaps(self, steps: Sequence[Step]) -> None:
+        """Do things to bitmaps, all at one instant, or nothing; see bitmaps/steps.py.
+
+        An error after the instant says what could not be made durable; the bitmaps are
+        right nevertheless.
+        """
+        with self._control:
+            self.check_open()
+            prepared: list[Step] = []
+            try:
+                self._prepare(steps, prepared)
+                self._save()
+                reached("bitmaps.prepared")
+                with drained(_disks_of(steps)):
+                    _apply(steps)
+                reached("bitmaps.applied")
+            except BaseException:
+                _undo(prepared)
+                self._save_gone()
+                raise
+            error = self._finish(steps)
+        if error is not None:
+            raise error
+
+    def save_bitmaps(self, disks: Sequence[str]) -> None:
+        """Save the persistent bitmaps of these disks now; OSError if that fails."""
+        with self._control:
+            self.check_open()
+            for disk in disks:
+                self.bitmaps.find(disk).save()
+
+    def _prepare(self, steps: Sequence[Step], prepared: list[Step]) -> None:
+        for step in steps:
+            step.prepare(self.bitmaps.find)
+            prepared.append(step)
+
+    def _finish(self, steps: Sequence[Step]) -> OSError | None:
+        """Make durable what steps have done; return what went wrong first."""
+        error = None
+        for step in steps:
+            try:
+                step.finish()
+            except OSError as e:
+                log.error("bitmaps could not be saved: %s", describe(e))
+                error = error or e
+        if steps:
+            reached("bitmaps.finished")
+            self._save_gone()
+        return error
+
+    def end_bitmap(self, key: str, left: bitarray | None) -> None:
+        """End a job's use of its bitmap: all is copied but `left`, in clusters.
+
+        None is what it had before: nothing counts as copied. No-op for a job without a
+        bitmap, or if that has been done.
+        """
+        with self._control:
+            if self._has_closed:
+                return
+            self._thaw(key, is_copied=left is not None, left=left)
+            self._save_gone()
+
+    def _thaw(self, key: str, *, is_copied: bool, left: bitarray | None = None) -> None:
+        found = self.bitmaps.find_frozen(key)
+        if found is None:
+            return
+        bitmaps, held = found
+        if left is not None and left.any():
+            held.bitmap.add(left, bitmaps.disk.cluster_size)
+            try:
+                # The log knows what was written, and not what was not copied.
+                bitmaps.save_if_stored(held)
+            except OSError as e:
+                log.error("bitmaps could not be saved: %s", describe(e))
+        bitmaps.thaw(held, is_copied=is_copied)
+        reached("bitmap.thawed")
+
+    def _bitmap_lost(self, disk: str, name: str, reason: str) -> None:
+        self._emit(
+            "FLEECEFS_BITMAP_INCONSISTENT",
+            {"disk": disk, "name": name, "reason": reason},
+        )
 
     def _collect(self, disk: Disk) -> None:
         disk.history.collect()
@@ -979,6 +1119,22 @@ class Inventory:
                 if name in self.snapshots[group].snapshots:
                     return self.snapshots[group].snapshots[name]
         raise NotFound(f"no disk or snapshot file {path!r}")
+
+
+def _disks_of(steps: Iterable[Step]) -> list[Disk]:
+    concerned = [bitmaps.disk for step in steps for bitmaps in step.concerned()]
+    return list(dict.fromkeys(concerned))
+
+
+def _apply(steps: Iterable[Step]) -> None:
+    for step in steps:
+        step.apply()
+        reached("bitmap.applied")
+
+
+def _undo(prepared: Sequence[Step]) -> None:
+    for step in reversed(prepared):
+        step.undo()
 
 
 def _end_before(state: State) -> End:

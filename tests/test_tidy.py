@@ -23,6 +23,7 @@ ORDER = [
     "qcow2",
     "nbd",
     "state",
+    "bitmaps",
     "inventory",
     "jobs",
     "replication",

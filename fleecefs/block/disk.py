@@ -1,17 +1,18 @@
 """A live disk: what the guest reads and writes.
 
 The walk of a guest's write: range check here, then `History.preserve` for clusters that
-a snapshot still needs, then the source. Every write is a registered request while it
-runs, so that a drained disk stands still.
+a snapshot still needs, then the dirty bitmaps, then the source. Every write is a
+registered request while it runs, so that a drained disk stands still.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from uuid import UUID
 
 from fleecefs.block.bitmap import LiveBits
+from fleecefs.block.dirty import Recorder
 from fleecefs.block.epoch import Epoch, History
 from fleecefs.block.extent import Mapped, clip, pieces
 from fleecefs.block.image import Image, mapped_at
@@ -61,6 +62,8 @@ class Disk:
         self.size = source.size
         self.history = history
         self.requests: Requests = history.requests
+        # Replaced while the disk is drained; None while no bitmap records.
+        self.recorder: Recorder | None = None
         # Why no flush can succeed any more; the kernel may have dropped dirty pages.
         self.flush_error = live.note if live is not None else None
         # Of no bits, but with counters and a note that outlive the daemon.
@@ -111,6 +114,8 @@ class Disk:
             if history.newest is not None:
                 history.preserve(offset, end)
             reached("write.preserved")
+            if self.recorder is not None:
+                self.recorder.record(offset, end)
             self._counters[_WRITES] += 1
             written = self.source.pwrite(data, offset)
             reached("write.written")
@@ -149,6 +154,8 @@ class Disk:
             if self.history.newest is not None:
                 self.history.preserve(offset, end)
             reached("overwrite.preserved")
+            if self.recorder is not None:
+                self.recorder.record(offset, end)
             yield
             reached("overwrite.done")
         finally:
@@ -216,9 +223,18 @@ def drained(disks: list[Disk]) -> ExitStack:
     return stack
 
 
-def freeze(disks: list[Disk], epochs: list[Epoch]) -> None:
-    """Begin an epoch on each disk, all at one instant."""
-    with drained(disks):
+def freeze(
+    disks: list[Disk],
+    epochs: list[Epoch],
+    others: Iterable[Disk] = (),
+    apply: Callable[[], None] = lambda: None,
+) -> None:
+    """Begin an epoch on each disk, all at one instant.
+
+    `apply` is what else belongs to that instant, also of other disks.
+    """
+    with drained([*disks, *others]):
         for disk, epoch in zip(disks, epochs, strict=True):
             disk.history.append(epoch)
             reached("freeze.appended")
+        apply()

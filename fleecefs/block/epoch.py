@@ -528,8 +528,9 @@ class History:
             is_concerned = is_concerned or epoch is since
             if is_concerned and not needed.all():
                 unneeded = ~needed
+                # What is not preserved is not in the store, or on its way there.
+                shed.append((epoch.store, unneeded & epoch.preserved[first:stop]))
                 epoch.preserved[first:stop] |= unneeded
-                shed.append((epoch.store, unneeded))
                 if epoch is self.newest:
                     self._shed_copies(unneeded, first)
             needed &= ~epoch.preserved[first:stop]

@@ -285,6 +285,17 @@ class Snapshot:
             free = self._history.give_up(epoch, first, stop)
         free()
 
+    def restrict(self, wanted: bitarray) -> None:
+        """Give up all but these clusters: they are all that is ever read."""
+        epoch = self.epoch
+        with self._requests.lock:
+            self._check(0, 0)
+            if epoch.denied is None:
+                epoch.denied = epoch.make_denied()
+            epoch.denied |= ~wanted
+            free = self._history.give_up(epoch, 0, len(epoch.preserved))
+        free()
+
     # -- what a snapshot refuses
 
     def write(self, data: memoryview, offset: int, durable: bool = False) -> int:

@@ -109,6 +109,14 @@ def _disks(
     show_default=True,
     help="What snapshots survive: a crash of the daemon, or of the host too (slow).",
 )
+@click.option(
+    "--bitmaps",
+    type=click.Choice(["auto", "no"]),
+    default="auto",
+    show_default=True,
+    help="Load persistent dirty bitmaps, or not: then those that should have recorded"
+    " are inconsistent.",
+)
 @click.option("--foreground", is_flag=True, help="Stay, and log to stderr.")
 @click.option("--allow-other", is_flag=True, help="Let other users use the files.")
 @click.option(
@@ -129,6 +137,7 @@ def mount(
     cbw_timeout: float,
     cluster_size: int | None,
     durability: str,
+    bitmaps: str,
     foreground: bool,
     allow_other: bool,
     log: str | None,
@@ -161,6 +170,7 @@ def mount(
         "cbw_timeout": cbw_timeout,
         "cluster_size": cluster_size,
         "durability": durability,
+        "bitmaps": bitmaps,
         "allow_other": allow_other,
         "log": log,
     }

@@ -56,6 +56,12 @@ def _is_objects(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_object, value))
 
 
+def _is_strings_or_objects(value: object) -> bool:
+    return isinstance(value, list) and all(
+        _is_string(each) or _is_object(each) for each in value
+    )
+
+
 STRING = Argument("string", _is_string)
 STRINGS = Argument("array of strings", _is_strings)
 INTEGER = Argument("integer", _is_integer)
@@ -63,6 +69,7 @@ NUMBER = Argument("number", _is_number)
 BOOLEAN = Argument("boolean", _is_boolean)
 OBJECT = Argument("object", _is_object)
 OBJECTS = Argument("array of objects", _is_objects)
+STRINGS_OR_OBJECTS = Argument("array of strings or objects", _is_strings_or_objects)
 
 
 def one_of(*words: str) -> Argument:

@@ -15,14 +15,19 @@ from fleecefs.control.arguments import (
     BOOLEAN,
     INTEGER,
     STRING,
-    STRINGS,
     Command,
     check_arguments,
     optional,
 )
+from fleecefs.control.bitmaps import BitmapCommands
 from fleecefs.control.jobs import JobCommands
 from fleecefs.control.qmp import ErrorClass, Message, QmpError
 from fleecefs.control.session import Request
+from fleecefs.control.transactions import (
+    SNAPSHOT_ARGUMENTS,
+    create_snapshot,
+    snapshot_options,
+)
 from fleecefs.errors import NotFound
 from fleecefs.inventory import Inventory
 from fleecefs.jobs.registry import Jobs
@@ -59,7 +64,7 @@ class Commands:
             "fleecefs-restart": Command(self._restart, {}),
             "fleecefs-status": Command(self._status, {}),
             "fleecefs-snapshot-create": Command(
-                self._snapshot_create, {"name": STRING, "disks": optional(STRINGS)}
+                self._snapshot_create, SNAPSHOT_ARGUMENTS
             ),
             "fleecefs-snapshot-delete": Command(
                 self._snapshot_delete, {"name": STRING}
@@ -75,7 +80,8 @@ class Commands:
                 },
             ),
             "fleecefs-umount": Command(self._umount, {"force": optional(BOOLEAN)}),
-            **JobCommands(jobs).table,
+            **JobCommands(inventory, jobs).table,
+            **BitmapCommands(inventory).table,
         }
 
     async def answer(self, request: Request) -> Message:
@@ -106,12 +112,10 @@ class Commands:
         # Those that are known: who asks how things are does not wait for a target.
         return {**status, "jobs": [job.describe() for job in self._jobs.all()]}
 
-    async def _snapshot_create(
-        self, name: str, disks: list[str] | None = None
-    ) -> Message:
+    async def _snapshot_create(self, **arguments: object) -> Message:
         def create() -> Message:
-            self._inventory.create_snapshot(name, disks)
-            return self._inventory.describe_snapshot(name)
+            create_snapshot(self._inventory, snapshot_options(arguments))
+            return self._inventory.describe_snapshot(str(arguments["name"]))
 
         return await trio.to_thread.run_sync(create)
 

@@ -5,14 +5,10 @@ deprecated them in favour of job-*.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import cast
 
-from fleecefs.block.epoch import OnCbwError
 from fleecefs.control.arguments import (
     BOOLEAN,
     INTEGER,
-    NUMBER,
     OBJECT,
     OBJECTS,
     STRING,
@@ -22,35 +18,17 @@ from fleecefs.control.arguments import (
     one_of,
     optional,
 )
-from fleecefs.control.qmp import Message, QmpError
+from fleecefs.control.qmp import Message
+from fleecefs.control.transactions import (
+    BACKUP,
+    BACKUP_ARGUMENTS,
+    backup_options,
+    transact,
+)
 from fleecefs.errors import Refused
+from fleecefs.inventory import Inventory
 from fleecefs.jobs.job import Job
-from fleecefs.jobs.options import WORKERS, BackupOptions, OnError, Sync
 from fleecefs.jobs.registry import Jobs
-
-# Each worker is a thread that may hang with its target.
-WORKERS_MAX = 256
-
-BACKUP = "blockdev-backup"
-
-_ON_ERROR = one_of(*(policy.value for policy in OnError))
-
-BACKUP_ARGUMENTS = {
-    "job-id": optional(STRING),
-    "device": STRING,
-    "target": STRING,
-    "sync": one_of(*(sync.value for sync in Sync)),
-    "speed": optional(INTEGER),
-    "on-source-error": optional(_ON_ERROR),
-    "on-target-error": optional(_ON_ERROR),
-    "on-cbw-error": optional(one_of(*(policy.value for policy in OnCbwError))),
-    "cbw-timeout": optional(NUMBER),
-    "max-workers": optional(INTEGER),
-    "auto-finalize": optional(BOOLEAN),
-    "auto-dismiss": optional(BOOLEAN),
-}
-
-ACTION_ARGUMENTS = {"type": STRING, "data": OBJECT}
 
 PROPERTIES = {"completion-mode": optional(one_of("individual", "grouped"))}
 
@@ -58,7 +36,8 @@ PROPERTIES = {"completion-mode": optional(one_of("individual", "grouped"))}
 class JobCommands:
     """The part of the table of commands that is about jobs."""
 
-    def __init__(self, jobs: Jobs) -> None:
+    def __init__(self, inventory: Inventory, jobs: Jobs) -> None:
+        self._inventory = inventory
         self._jobs = jobs
         of_job = {"id": STRING}
         table = {
@@ -98,9 +77,9 @@ class JobCommands:
     ) -> Message:
         check_arguments(properties or {}, PROPERTIES)
         mode = (properties or {}).get("completion-mode", "individual")
-        wanted = [_backup_action(action) for action in actions]
-        if wanted:
-            await self._jobs.start_backups(wanted, grouped=mode == "grouped")
+        await transact(
+            self._inventory, self._jobs, actions, is_grouped=mode == "grouped"
+        )
         return {}
 
     async def _query_jobs(self) -> list[Message]:
@@ -143,55 +122,3 @@ class JobCommands:
             return {}
 
         return handler
-
-
-def backup_options(arguments: Message) -> BackupOptions:
-    """Return what the arguments of a backup say, once their types were checked."""
-    _check_at_least_0(arguments, "speed")
-    _check_at_least_0(arguments, "cbw-timeout")
-    workers = cast("int", arguments.get("max-workers", WORKERS))
-    if not 1 <= workers <= WORKERS_MAX:
-        raise QmpError(
-            f"Parameter 'max-workers' expects a value from 1 to {WORKERS_MAX}"
-        )
-    target = Path(str(arguments["target"]))
-    if not target.is_absolute():
-        # What it would be relative to, only the daemon knows.
-        raise QmpError("Parameter 'target' expects an absolute path")
-    device = str(arguments["device"])
-    on_cbw_error = arguments.get("on-cbw-error")
-    return BackupOptions(
-        device=device,
-        target=target,
-        job_id=str(arguments.get("job-id", device)),
-        sync=Sync(arguments["sync"]),
-        speed=cast("int", arguments.get("speed", 0)),
-        on_source_error=_on_error(arguments, "on-source-error"),
-        on_target_error=_on_error(arguments, "on-target-error"),
-        on_cbw_error=None if on_cbw_error is None else OnCbwError(on_cbw_error),
-        cbw_timeout=cast("float | None", arguments.get("cbw-timeout")),
-        workers=workers,
-        auto_finalize=bool(arguments.get("auto-finalize", True)),
-        auto_dismiss=bool(arguments.get("auto-dismiss", True)),
-    )
-
-
-def _check_at_least_0(arguments: Message, name: str) -> None:
-    if cast("float", arguments.get(name, 0)) < 0:
-        raise QmpError(f"Parameter {name!r} expects a value of at least 0")
-
-
-def _on_error(arguments: Message, name: str) -> OnError:
-    return OnError(arguments.get(name, OnError.REPORT.value))
-
-
-def _backup_action(action: Message) -> BackupOptions:
-    check_arguments(action, ACTION_ARGUMENTS)
-    if action["type"] != BACKUP:
-        raise QmpError(
-            f"Parameter 'type' does not accept value {action['type']!r}:"
-            f" it takes {BACKUP}"
-        )
-    data = cast("Message", action["data"])
-    check_arguments(data, BACKUP_ARGUMENTS)
-    return backup_options(data)

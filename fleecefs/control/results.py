@@ -84,6 +84,27 @@ Cost = TypedDict(
     },
 )
 
+class DirtyBitmap(TypedDict):
+    """What is known of a dirty bitmap."""
+
+    disk: str
+    name: str
+    # Dirty bytes, in whole bits; of a busy one, what its job is about.
+    count: int
+    granularity: int
+    recording: bool
+    # A job uses it.
+    busy: bool
+    persistent: bool
+    inconsistent: bool
+    # Whether it records from when the disk is mounted.
+    auto: bool
+    # Why it is inconsistent.
+    reason: str | None
+    # The qcow2 file that it is saved in.
+    container: str | None
+
+
 Job = TypedDict(
     "Job",
     {
@@ -114,6 +135,12 @@ Job = TypedDict(
         # From here on what a backup tells.
         "target": str,
         "sync": str,
+        "format": str,
+        "backing": str | None,
+        "bitmap": str | None,
+        "bitmap-mode": str | None,
+        # Why it is a full backup instead of an increment.
+        "fell-back": str | None,
         "cost": Cost,
     },
 )

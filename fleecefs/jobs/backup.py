@@ -11,26 +11,41 @@ How far it is needs no record of its own: see copy.py. No job survives the host.
 """
 
 import contextlib
+import enum
 import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import trio
+from bitarray import bitarray
+from bitarray.util import zeros
 
+from fleecefs.bitmaps.steps import Add, Fill, Freeze, Step, find_good
 from fleecefs.block.bitmap import replace_file, sync_directory
+from fleecefs.block.dirty import GRANULARITY, scaled
 from fleecefs.block.epoch import LONGEST, WAITS, OnCbwError
-from fleecefs.errors import NotUsable, SnapshotLost, describe
+from fleecefs.block.snapshot import Snapshot
+from fleecefs.errors import NotFound, NotUsable, SnapshotLost, describe
 from fleecefs.inventory import Inventory, PrivateOptions, PrivateSnapshot
 from fleecefs.jobs.copy import Copier
 from fleecefs.jobs.job import Job
-from fleecefs.jobs.options import BackupOptions, OnError, Sync
-from fleecefs.jobs.target import Surroundings, Target, open_target, reopen_target
+from fleecefs.jobs.options import BackupOptions, BitmapMode, Format, OnError, Sync
+from fleecefs.jobs.target import (
+    Surroundings,
+    Target,
+    create_qcow2,
+    find_backing,
+    open_target,
+    record_backing,
+    reopen_qcow2,
+    reopen_target,
+)
 from fleecefs.killpoint import reached
 from fleecefs.units import format_size
 
@@ -133,21 +148,41 @@ class BackupJob(Job):
         self._private: PrivateSnapshot | None = private
         self._target = target
         self._cost = _cost_of(private)
-        self._count_progress(private)
+        # What there was to copy when it began.
+        self._total = private.snapshot.size
+        # The daemon before has done all but to commit.
+        self._has_worked = False
 
-    def _count_progress(self, private: PrivateSnapshot) -> None:
-        snapshot = private.snapshot
-        denied = snapshot.epoch.denied
-        if snapshot.lost is not None or denied is None:
+    def restrict(self) -> None:
+        """Copy only what is dirty in its bitmap; blocking."""
+        private = self._private
+        assert private is not None
+        found = self._inventory.bitmaps.find_frozen(self._record.key)
+        if not self.options.sync.is_of_bitmap or found is None:
             return
-        done = min(denied.count() * snapshot.cluster_size, snapshot.size)
-        self.progress.current = done
-        if self.options.sync is not Sync.NONE:
-            self.progress.remaining = snapshot.size - done
+        bitmap = found[1].bitmap
+        assert bitmap.frozen is not None
+        assert self._target is not None
+        wanted = _wanted(
+            bitmap.frozen, bitmap.granularity, private.snapshot, self._target.unit
+        )
+        private.snapshot.restrict(wanted)
+        self._total = _bytes_left(private.snapshot)
+
+    def count_progress(self) -> None:
+        """Find out how much there is to copy, and has been copied already."""
+        private = self._private
+        assert private is not None
+        if private.snapshot.lost is not None or self.options.sync is Sync.NONE:
+            return
+        self.progress.remaining = _bytes_left(private.snapshot)
+        self.progress.current = self._total - self.progress.remaining
 
     # -- its life
 
     async def work(self) -> None:
+        if self._has_worked:
+            return
         private, target = self._private, self._target
         assert private is not None
         token = trio.lowlevel.current_trio_token()
@@ -196,16 +231,43 @@ class BackupJob(Job):
         with contextlib.suppress(trio.RunFinishedError):
             token.run_sync_soon(self.fail, _broken(reason))
 
+    async def commit(self) -> None:
+        if self.options.bitmap is None:
+            return
+        has_begun_anew = self.options.bitmap_mode is not BitmapMode.NEVER
+        left = bitarray(endian="little") if has_begun_anew else None
+        await trio.to_thread.run_sync(
+            self._inventory.end_bitmap, self._record.key, left
+        )
+        reached("job.committed")
+
     async def abort(self) -> None:
         private, target = self._private, self._target
         if private is None or target is None:
             return
-        if self.options.sync is not Sync.NONE:
+        if self.options.bitmap_mode is BitmapMode.ALWAYS:
+            await self._keep_part(private, target)
+        elif self.options.sync is not Sync.NONE:
             # A part of a backup is none: nobody shall take it for one.
             with trio.move_on_after(_CLOSE_SECONDS):
                 await _in_thread(target, target.remove)
         elif self.is_cancelled and private.snapshot.lost is None:
             await self._copy_last(private, target)
+
+    async def _keep_part(self, private: PrivateSnapshot, target: Target) -> None:
+        """Let the next job copy the rest only, if what is copied is durable."""
+        left = _clusters_left(private.snapshot)
+        with trio.move_on_after(_LAST_SECONDS):
+            try:
+                await _in_thread(target, target.flush)
+            except OSError as e:
+                log.warning(
+                    "job %s: nothing counts as copied: %s", self.id, describe(e)
+                )
+            else:
+                await trio.to_thread.run_sync(
+                    self._inventory.end_bitmap, self._record.key, left
+                )
 
     async def _copy_last(self, private: PrivateSnapshot, target: Target) -> None:
         """Bring to the target what is preserved by now, if it does not take long."""
@@ -255,6 +317,8 @@ class BackupJob(Job):
                 "cancelled": self.is_cancelled,
                 "group": self.group,
                 "io-status": self.io_status,
+                "total": self._total,
+                "committing": self.is_committing,
             }
         )
 
@@ -264,6 +328,11 @@ class BackupJob(Job):
         return {
             "target": str(self.options.target),
             "sync": self.options.sync.value,
+            "format": self.options.format.value,
+            "backing": _text(self.options.backing),
+            "bitmap": self.options.bitmap,
+            "bitmap-mode": _value(self.options.bitmap_mode),
+            "fell-back": self.options.fell_back,
             "cost": self._cost_now(),
         }
 
@@ -278,6 +347,9 @@ class BackupJob(Job):
         self.group = [str(job_id) for job_id in now.get("group", self.group)]
         self.limit.speed = int(now.get("speed", self.limit.speed))
         self.io_status = str(now.get("io-status", self.io_status))
+        self._total = int(now.get("total", self._total))
+        self._has_worked = bool(now.get("committing"))
+        self.count_progress()
         if now.get("error"):
             # It was about to end.
             self.error = str(now["error"])
@@ -320,31 +392,85 @@ async def _in_thread(target: Target, function: Callable[[], None]) -> None:
     await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
 
 
+def _clusters_left(snapshot: Snapshot) -> bitarray:
+    """Return the clusters that were not released, by their bits."""
+    denied = snapshot.epoch.denied
+    assert denied is not None
+    left = ~denied
+    left[-(-snapshot.size // snapshot.cluster_size) :] = 0
+    return left
+
+
+def _bytes_left(snapshot: Snapshot) -> int:
+    if snapshot.epoch.denied is None:
+        return snapshot.size
+    left = _clusters_left(snapshot)
+    length = left.count() * snapshot.cluster_size
+    last = (snapshot.size - 1) // snapshot.cluster_size
+    if left[last]:
+        length -= -snapshot.size % snapshot.cluster_size
+    return length
+
+
+def _wanted(
+    frozen: bitarray, granularity: int, snapshot: Snapshot, unit: int
+) -> bitarray:
+    """Return the clusters that have something dirty, in whole units of the target."""
+    denied = snapshot.epoch.denied
+    assert denied is not None
+    size = snapshot.cluster_size
+    wanted = zeros(len(denied), endian="little")
+    step = max(unit, size)
+    for first, stop in scaled(frozen, granularity, step):
+        wanted[first * step // size : stop * step // size] = 1
+    return wanted
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _value(word: enum.Enum | None) -> Any:
+    return None if word is None else word.value
+
+
 def create_backups(
     inventory: Inventory,
-    wanted: Sequence[BackupOptions],
+    wanted: Sequence[BackupOptions | Step],
     check_place: CheckPlace = lambda path: None,
 ) -> list[BackupJob]:
     """Return jobs of one instant; blocking. If one is refused, nothing has changed.
 
+    The steps are what happens to bitmaps at the same instant, in the order of all.
     `check_place` raises NotUsable for a path that leads to our own mount.
     """
     inventory.check_open()
-    for options in wanted:
-        _check_options(options)
+    backups = [each for each in wanted if isinstance(each, BackupOptions)]
+    for options in backups:
+        check_options(options)
         inventory.find_disk(options.device)
     surroundings = _surroundings(inventory, check_place)
-    records = [Record(inventory, uuid4().hex) for _ in wanted]
+    jobs: list[tuple[BackupOptions, Target, Record]] = []
+    steps: list[Step] = []
     with ExitStack() as undo:
-        targets = []
-        for options in wanted:
-            disk = inventory.find_disk(options.device)
-            target = open_target(options.target, disk.size, surroundings)
+        for each in wanted:
+            if not isinstance(each, BackupOptions):
+                steps.append(each)
+                continue
+            options, fallen = _fall_back(inventory, each)
+            target = _open_target(inventory, options, surroundings)
             undo.callback(target.close)
             undo.callback(target.remove)
-            targets.append(target)
+            record = Record(inventory, uuid4().hex)
+            is_increment = options.sync.is_of_bitmap and options.format is Format.RAW
+            if is_increment and target.is_new and options.fallback:
+                options = _as_full(options, f"target {options.target} is new")
+            jobs.append((options, target, record))
+            steps += fallen
+            if options.bitmap is not None:
+                steps.append(Freeze(options.device, options.bitmap, record.key))
         reached("job.opened")
-        for options, target, record in zip(wanted, targets, records, strict=True):
+        for options, target, record in jobs:
             undo.callback(record.remove)
             record.create(_told(options, target))
         reached("job.recorded")
@@ -357,23 +483,117 @@ def create_backups(
                     options.cbw_timeout,
                     has_holes=options.sync is Sync.TOP,
                 )
-                for options, record in zip(wanted, records, strict=True)
-            ]
+                for options, _, record in jobs
+            ],
+            steps,
         )
         undo.pop_all()
-    return [
-        BackupJob(inventory, *parts)
-        for parts in zip(privates, targets, wanted, records, strict=True)
+    created = [
+        BackupJob(inventory, private, target, options, record)
+        for private, (options, target, record) in zip(privates, jobs, strict=True)
     ]
+    for job in created:
+        # It may have broken meanwhile: then the job tells.
+        with contextlib.suppress(SnapshotLost):
+            job.restrict()
+        job.count_progress()
+    return created
 
 
-def _check_options(options: BackupOptions) -> None:
+def _fall_back(
+    inventory: Inventory, options: BackupOptions
+) -> tuple[BackupOptions, list[Step]]:
+    """Return what to do with a bitmap that can not be used, if that was told.
+
+    All counts as dirty in it then: if the full backup fails, so does what comes next
+    without one.
+    """
+    disk, name = options.device, options.bitmap
+    if name is None or not options.fallback:
+        return options, []
+    try:
+        find_good(inventory.bitmaps.find(disk), name)
+    except NotFound as e:
+        size = inventory.find_disk(disk).size
+        bits = bitarray(-(-size // GRANULARITY), endian="little")
+        bits.setall(1)
+        return _as_full(options, str(e)), [Add(disk, name, bits=bits)]
+    except NotUsable as e:
+        return _as_full(options, str(e)), [Fill(disk, name)]
+    return options, []
+
+
+def _as_full(options: BackupOptions, reason: str) -> BackupOptions:
+    """Return a full backup that takes the place of an increment."""
+    mode = BitmapMode.ON_SUCCESS
+    log.warning("backup of %s is a full one: %s", options.device, reason)
+    return replace(
+        options, sync=Sync.FULL, bitmap_mode=mode, backing=None, fell_back=reason
+    )
+
+
+def _open_target(
+    inventory: Inventory, options: BackupOptions, surroundings: Surroundings
+) -> Target:
+    size = inventory.find_disk(options.device).size
+    if options.format is Format.RAW:
+        return open_target(options.target, size, surroundings)
+    backing = None
+    if options.backing is not None:
+        told = options.backing_format and options.backing_format.value
+        backing = find_backing(
+            options.backing, told, size, options.target, surroundings
+        )
+    return create_qcow2(options.target, size, surroundings, backing)
+
+
+def check_options(options: BackupOptions) -> None:
+    """Raise NotUsable for what makes no sense together; QEMU's rules and words."""
     if options.workers < 1:
         raise NotUsable(f"{options.workers} workers: at least one is needed")
     if options.speed < 0:
         raise NotUsable("a speed is not negative")
     if options.cbw_timeout is not None and options.cbw_timeout < 0:
         raise NotUsable("a cbw-timeout is not negative")
+    _check_bitmap(options.sync, options.bitmap, options.bitmap_mode)
+    if options.fallback and options.bitmap is None:
+        raise NotUsable("a fallback is for a backup with a bitmap")
+    if options.format is Format.RAW:
+        if options.backing is not None:
+            raise NotUsable("a raw target has no backing file: use format qcow2")
+    elif options.sync is Sync.NONE:
+        raise NotUsable("sync mode 'none' needs a raw target")
+    elif options.sync is Sync.TOP and options.backing is not None:
+        raise NotUsable(
+            "sync mode 'top' has no backing file: what is not allocated would be seen "
+            "through"
+        )
+    if options.backing_format is not None and options.backing is None:
+        raise NotUsable("a backing format is for a backing file")
+
+
+def _check_bitmap(sync: Sync, bitmap: str | None, mode: BitmapMode | None) -> None:
+    if sync.is_of_bitmap and bitmap is None:
+        raise NotUsable(
+            f"must provide a valid bitmap name for '{sync.value}' sync mode"
+        )
+    if bitmap is None:
+        if mode is not None:
+            raise NotUsable("Cannot specify bitmap sync mode without a bitmap")
+        return
+    if sync is Sync.INCREMENTAL and mode not in (None, BitmapMode.ON_SUCCESS):
+        raise NotUsable(
+            "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"
+        )
+    if sync is not Sync.INCREMENTAL and mode is None:
+        raise NotUsable("Bitmap sync mode must be given when providing a bitmap")
+    if sync is Sync.NONE:
+        raise NotUsable("sync mode 'none' does not produce meaningful bitmap outputs")
+    if mode is BitmapMode.NEVER and not sync.is_of_bitmap:
+        raise NotUsable(
+            "Bitmap sync mode 'never' has no meaningful effect when combined with sync "
+            f"mode '{sync.value}'"
+        )
 
 
 def _surroundings(inventory: Inventory, check_place: CheckPlace) -> Surroundings:
@@ -390,7 +610,11 @@ def _told(options: BackupOptions, target: Target) -> dict[str, Any]:
         "sync": options.sync.value,
         "on_source_error": options.on_source_error.value,
         "on_target_error": options.on_target_error.value,
-        "on_cbw_error": options.on_cbw_error and options.on_cbw_error.value,
+        "on_cbw_error": _value(options.on_cbw_error),
+        "bitmap_mode": _value(options.bitmap_mode),
+        "format": options.format.value,
+        "backing": _text(options.backing),
+        "backing_format": target.backing_format,
         "target_is_new": target.is_new,
         "created": time.time(),
     }
@@ -412,6 +636,13 @@ def _options(told: dict[str, Any]) -> BackupOptions:
         workers=told["workers"],
         auto_finalize=told["auto-finalize"],
         auto_dismiss=told["auto-dismiss"],
+        bitmap=told["bitmap"],
+        bitmap_mode=told["bitmap-mode"] and BitmapMode(told["bitmap-mode"]),
+        format=Format(told["format"]),
+        backing=told["backing"] and Path(told["backing"]),
+        backing_format=told["backing-format"] and Format(told["backing-format"]),
+        fallback=told["fallback"],
+        fell_back=told["fell-back"],
     )
 
 
@@ -437,6 +668,18 @@ def resume_jobs(inventory: Inventory) -> list[list[BackupJob]]:
     return sorted(groups.values(), key=lambda jobs: jobs[0].created)
 
 
+def _reopen_target(options: BackupOptions, size: int, *, is_new: bool) -> Target:
+    if options.format is Format.RAW:
+        return reopen_target(options.target, size, is_new=is_new)
+    backing = None
+    if options.backing is not None:
+        assert options.backing_format is not None
+        backing = record_backing(
+            options.backing, options.backing_format.value, options.target
+        )
+    return reopen_qcow2(options.target, size, backing)
+
+
 def _resume(inventory: Inventory, record: Record) -> BackupJob | None:
     """Return a job that goes on, or None if it never began."""
     told = record.told()
@@ -447,7 +690,7 @@ def _resume(inventory: Inventory, record: Record) -> BackupJob | None:
     target = None
     try:
         size = inventory.find_disk(options.device).size
-        target = reopen_target(options.target, size, is_new=is_new)
+        target = _reopen_target(options, size, is_new=is_new)
     except OSError as e:
         error = e
     if private is None:

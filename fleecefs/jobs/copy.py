@@ -581,7 +581,7 @@ class Copier:
             pass
 
     def _release_hole(self, first: int, stop: int) -> None:
-        if self._sync is Sync.FULL and not self._target.is_blank:
+        if self._sync is not Sync.TOP and not self._target.is_blank:
             offset = first * self._snapshot.cluster_size
             self._target.punch(self.todo.size_of(first, stop), offset)
         if not self._has_ended:

@@ -97,7 +97,7 @@ class Job:
         self._holds = 0
         self._in_flight = 0
         self._is_started = False
-        self._is_committing = False
+        self.is_committing = False
         self._resumed = trio.Event()
         self._scope = trio.CancelScope()
 
@@ -134,7 +134,7 @@ class Job:
         Returns at once; a paused job goes on, to end.
         """
         check_verb(self.id, self.status, JobVerb.CANCEL)
-        if self._is_committing:
+        if self.is_committing:
             raise VerbRejected(f"job {self.id!r} is being finalized: too late")
         self.stop("cancelled")
         if self.transaction is not None:
@@ -148,7 +148,7 @@ class Job:
     def finalize(self) -> None:
         """Let its transaction commit, which waits to be told so."""
         check_verb(self.id, self.status, JobVerb.FINALIZE)
-        if self._is_committing or self.is_cancelled:
+        if self.is_committing or self.is_cancelled:
             raise VerbRejected(f"job {self.id!r} is ending already")
         assert self.transaction is not None
         self.transaction.finalize()
@@ -267,7 +267,7 @@ class Job:
 
     def stop(self, reason: str) -> None:
         """Cancel this job alone; one that has failed or commits stays as it is."""
-        if self.is_good and not self._is_committing:
+        if self.is_good and not self.is_committing:
             self.is_cancelled = True
             self.error = reason
             self.save()
@@ -285,7 +285,8 @@ class Job:
 
     def begin_commit(self) -> None:
         """Pass the point from which it can not be cancelled."""
-        self._is_committing = True
+        self.is_committing = True
+        self.save()
 
     async def finish(self) -> None:
         """Commit if all is good, abort if not; conclude in any case."""

@@ -43,11 +43,37 @@ class Sync(enum.Enum):
     FULL = "full"  # all of it
     TOP = "top"  # what is allocated in the source
     NONE = "none"  # what the guest overwrites from now on
+    INCREMENTAL = "incremental"  # what is dirty in a bitmap, with BitmapMode.ON_SUCCESS
+    BITMAP = "bitmap"  # what is dirty in a bitmap
+
+    @property
+    def is_of_bitmap(self) -> bool:
+        """Whether a bitmap says what is copied."""
+        return self in (Sync.INCREMENTAL, Sync.BITMAP)
+
+
+class BitmapMode(enum.Enum):
+    """What becomes of a bitmap when the job that uses it ends."""
+
+    ON_SUCCESS = "on-success"  # it begins anew if the job ends well
+    NEVER = "never"  # it stays as it is
+    ALWAYS = "always"  # it begins anew; what was not copied stays dirty
+
+
+class Format(enum.Enum):
+    """What kind of file a target is."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
 
 
 @dataclass(frozen=True)
 class BackupOptions:
-    """One backup. What is None is as the mount has it."""
+    """One backup. What is None is as the mount has it.
+
+    `backing` is the backup that a new qcow2 file adds to. `fallback`: a bitmap that can
+    not be used makes it a full backup; `fell_back` is why it has become one.
+    """
 
     device: str
     target: Path
@@ -62,3 +88,10 @@ class BackupOptions:
     workers: int = WORKERS
     auto_finalize: bool = True
     auto_dismiss: bool = True
+    bitmap: str | None = None
+    bitmap_mode: BitmapMode | None = None
+    format: Format = Format.RAW
+    backing: Path | None = None
+    backing_format: Format | None = None
+    fallback: bool = False
+    fell_back: str | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import trio
 
+from fleecefs.bitmaps.steps import Step
 from fleecefs.block.bitmap import replace_file
 from fleecefs.errors import BadName, Busy, NameTaken, NotFound
 from fleecefs.jobs.job import Emit, Job
@@ -32,7 +33,7 @@ _POLL_SECONDS = 0.01
 
 # Blocking; returns a job for each, all of one instant, or raises OSError and has
 # left nothing behind.
-CreateBackups = Callable[[Sequence[BackupOptions]], Sequence[Job]]
+CreateBackups = Callable[[Sequence[BackupOptions | Step]], Sequence[Job]]
 
 
 # Blocking; returns the jobs of the daemon before us that go on, by transaction.
@@ -142,13 +143,14 @@ class Jobs:
             )
 
     async def start_backups(
-        self, wanted: Sequence[BackupOptions], *, grouped: bool = False
+        self, wanted: Sequence[BackupOptions | Step], *, grouped: bool = False
     ) -> list[Job]:
         """Start backups of one instant; raise OSError, and then none is started.
 
-        Grouped, all of them end well or none does.
+        Steps happen to bitmaps at the same instant. Grouped, all backups end well or
+        none does.
         """
-        ids = [options.job_id for options in wanted]
+        ids = [each.job_id for each in wanted if isinstance(each, BackupOptions)]
         self._check_closing()
         self._check_ids(ids)
         self._reserved.update(ids)

@@ -1,4 +1,6 @@
-"""Where a backup goes to: a raw file or a block device, checked, locked and opened.
+"""Where a backup goes to, checked, locked and opened.
+
+A raw file or a block device, or a new qcow2 file, which may add to another backup.
 
 Everything here may block for as long as the target's storage likes to.
 """
@@ -17,6 +19,10 @@ from fleecefs.block.bitmap import sync_directory
 from fleecefs.block.image import Image
 from fleecefs.block.raw import RawImage, lock_whole
 from fleecefs.errors import Busy, Error, NotUsable, Unsupported
+from fleecefs.qcow2.backing import Backing, find_backing_format
+from fleecefs.qcow2.file import DescriptorFile
+from fleecefs.qcow2.image import NewImage
+from fleecefs.qcow2.imagefile import OpenFile
 from fleecefs.units import MiB, format_size
 
 _ZEROES = bytes(1 * MiB)
@@ -44,11 +50,12 @@ class Target:
 
     is_new    the job has made the file
     is_blank  what the job has not written reads as zeroes
+    unit      of what the job writes it has to write all; 1 if it may write any bytes
     """
 
     def __init__(
         self,
-        image: Image,
+        image: Image | NewImage,
         path: Path | None = None,
         *,
         is_new: bool = False,
@@ -56,11 +63,19 @@ class Target:
     ) -> None:
         self.size = image.size
         self.path = path
+        self.unit = image.cluster_size if isinstance(image, NewImage) else 1
         self.is_new = is_new
         self.is_blank = is_blank
         self._image = image
+        backing = image.backing if isinstance(image, NewImage) else None
+        self.backing_format = None if backing is None else backing.format
+        self._raw = image if isinstance(image, RawImage) else None
         # What has a descriptor of its own.
-        self._file = image if isinstance(image, RawImage) else None
+        self._fd: int | None = None
+        if isinstance(image, RawImage):
+            self._fd = image.fd
+        elif isinstance(image, NewImage) and isinstance(image.file, OpenFile):
+            self._fd = image.file.fd
         self._lock = threading.Lock()
         # How many threads are busy with it, also abandoned ones.
         self.users = 0
@@ -111,8 +126,8 @@ class Target:
             self.write(memoryview(_ZEROES)[: end - at], at)
 
     def empty(self) -> None:
-        """Drop what an existing file holds, if it can have holes."""
-        if self.is_blank or self._is_device:
+        """Drop what an existing raw file holds, if it can have holes."""
+        if self.is_blank or self._is_device or self.unit > 1:
             return
         with contextlib.suppress(Unsupported):
             self._image.discard(self.size, 0)
@@ -120,34 +135,34 @@ class Target:
 
     def clone(self, source: Image, length: int, offset: int) -> bool:
         """Let the file system share a range of the source; False if it does not."""
-        if self._file is None or not isinstance(source, RawImage):
+        if self._raw is None or not isinstance(source, RawImage):
             return False
         what = _CLONE_RANGE.pack(source.fd, offset, length, offset)
         try:
-            fcntl.ioctl(self._file.fd, _FICLONERANGE, what)
+            fcntl.ioctl(self._raw.fd, _FICLONERANGE, what)
         except OSError:
             return False
         return True
 
     @property
     def _is_device(self) -> bool:
-        return self._file is not None and stat.S_ISBLK(self._file.status().st_mode)
+        return self._fd is not None and stat.S_ISBLK(os.fstat(self._fd).st_mode)
 
     def flush(self) -> None:
         """Make everything durable: data, size, and the name."""
         self._image.flush()
-        if self._file is None or self.path is None:
+        if self._fd is None or self.path is None:
             return
-        os.fsync(self._file.fd)
+        os.fsync(self._fd)
         if not self._is_device:
             sync_directory(self.path.resolve().parent)
 
     def remove(self) -> None:
         """Remove the file if the job has made it, and it still is at its place."""
-        if not self.is_new or self.path is None or self._file is None:
+        if not self.is_new or self.path is None or self._fd is None:
             return
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(self.path.stat(), self._file.status()):
+            if os.path.samestat(self.path.stat(), os.fstat(self._fd)):
                 self.path.unlink()
                 sync_directory(self.path.parent)
 
@@ -182,29 +197,31 @@ class Surroundings:
         self._places = places
         self._check_place = check_place
 
-    def check_path(self, path: Path) -> None:
+    def check_path(self, path: Path, what: str = "target") -> None:
         """Raise NotUsable before a path is opened."""
         if not path.is_absolute():
-            raise NotUsable(f"target {path}: give an absolute path")
+            raise NotUsable(f"{what} {path}: give an absolute path")
         try:
             self._check_place(str(path))
         except NotUsable:
             raise NotUsable(
-                f"target {path}: is on the mount of its own source; put it elsewhere"
+                f"{what} {path}: is on the mount of its own source; put it elsewhere"
             ) from None
         real = Path(os.path.realpath(path))
         for place in self._places:
             if _is_within(real, place):
                 raise NotUsable(
-                    f"target {path}: lies among the files of fleecefs in {place}; "
+                    f"{what} {path}: lies among the files of fleecefs in {place}; "
                     "put it elsewhere"
                 )
 
-    def check_status(self, path: Path, found: os.stat_result) -> None:
+    def check_status(
+        self, path: Path, found: os.stat_result, what: str = "target"
+    ) -> None:
         """Raise NotUsable for the source of a disk."""
         for name, source in self._sources.items():
             if _is_same(found, source) or _is_loop_of(found, source):
-                raise NotUsable(f"target {path}: is the source of disk {name!r}")
+                raise NotUsable(f"{what} {path}: is the source of disk {name!r}")
 
 
 def open_target(path: Path, size: int, surroundings: Surroundings) -> Target:
@@ -212,7 +229,7 @@ def open_target(path: Path, size: int, surroundings: Surroundings) -> Target:
 
     The error says what is wrong with it; then nothing has been changed.
     """
-    try:
+    with _naming("target", path):
         surroundings.check_path(path)
         try:
             found = path.stat()
@@ -220,22 +237,91 @@ def open_target(path: Path, size: int, surroundings: Surroundings) -> Target:
             return _create(path, size)
         surroundings.check_status(path, found)
         return _open(path, size, found)
-    except Error:
-        raise
-    except OSError as e:
-        raise OSError(e.errno, f"target {path}: {e.strerror}") from None
+
+
+def create_qcow2(
+    path: Path, size: int, surroundings: Surroundings, backing: Backing | None
+) -> Target:
+    """Make a qcow2 file, which is none until it is complete; errors as open_target."""
+    with _naming("target", path):
+        surroundings.check_path(path)
+        if path.exists():
+            raise NotUsable(
+                f"target {path}: exists; a qcow2 backup is a new file: give another "
+                "name"
+            )
+        fd = _create_file(path)
+        image = NewImage.create(_as_file(fd, path), size, backing)
+        target = Target(image, path, is_new=True, is_blank=backing is None)
+        return _settle_new(target, fd)
+
+
+def find_backing(
+    path: Path, told: str | None, size: int, target: Path, surroundings: Surroundings
+) -> Backing:
+    """Return how a new qcow2 target has an earlier backup as its backing file."""
+    with _naming("backing", path):
+        surroundings.check_path(path, "backing")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise NotUsable(f"backing {path}: not a regular file")
+            surroundings.check_status(path, os.fstat(fd), "backing")
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"backing {path}: a job still writes to it") from None
+            file = DescriptorFile(fd, f"backing {path}")
+            format = find_backing_format(file, size, told)
+        finally:
+            os.close(fd)
+    return record_backing(path, format, target)
+
+
+def record_backing(path: Path, format: str, target: Path) -> Backing:
+    """Return it as it is recorded: files of one directory may move together."""
+    real, directory = (
+        Path(os.path.realpath(path)),
+        Path(os.path.realpath(target.parent)),
+    )
+    name = str(real)
+    if real.parent == directory:
+        name = f"./{real.name}" if ":" in real.name else real.name
+    backing = Backing(name, format)
+    backing.check()
+    return backing
 
 
 def reopen_target(path: Path, size: int, *, is_new: bool) -> Target:
     """Open a target again, for a job that goes on; it may hold anything by now."""
-    try:
+    with _naming("target", path):
         target = _open(path, size, path.stat())
+    target.is_new = is_new
+    return target
+
+
+def reopen_qcow2(path: Path, size: int, backing: Backing | None) -> Target:
+    """Open the qcow2 file of a job that goes on."""
+    with _naming("target", path):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            lock_whole(fd, str(_in_use(path)))
+            image = NewImage.resume(_as_file(fd, path), size, backing)
+        except BaseException:
+            os.close(fd)
+            raise
+    return Target(image, path, is_new=True, is_blank=backing is None)
+
+
+@contextlib.contextmanager
+def _naming(what: str, path: Path) -> Iterator[None]:
+    """Let an error of the system say which file it is about."""
+    try:
+        yield
     except Error:
         raise
     except OSError as e:
-        raise OSError(e.errno, f"target {path}: {e.strerror}") from None
-    target.is_new = is_new
-    return target
+        raise OSError(e.errno, f"{what} {path}: {e.strerror}") from None
 
 
 def _open(path: Path, size: int, found: os.stat_result) -> Target:
@@ -278,21 +364,36 @@ def _is_read_only(fd: int) -> bool:
 
 
 def _create(path: Path, size: int) -> Target:
+    fd = _create_file(path)
+    target = Target(RawImage(fd, size), path, is_new=True, is_blank=True)
+    return _settle_new(target, fd, length=size)
+
+
+def _create_file(path: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags, 0o600)
+        return os.open(path, flags, 0o600)
     except FileNotFoundError:
         raise NotUsable(
             f"target {path}: there is no directory {path.parent}; make it"
         ) from None
     except FileExistsError:
         raise NotUsable(f"target {path}: is a link that leads nowhere") from None
-    target = Target(RawImage(fd, size), path, is_new=True, is_blank=True)
+
+
+def _as_file(fd: int, path: Path) -> OpenFile:
+    # Its size is not asked for: the file grows.
+    return OpenFile(RawImage(fd, 0), str(path))
+
+
+def _settle_new(target: Target, fd: int, *, length: int = 0) -> Target:
+    """Lock a file that was just made, and make it durable that it is there."""
+    assert target.path is not None
     try:
-        lock_whole(fd, str(_in_use(path)))
-        os.ftruncate(fd, size)
+        lock_whole(fd, str(_in_use(target.path)))
+        os.ftruncate(fd, length)
         os.fsync(fd)
-        sync_directory(path.parent)
+        sync_directory(target.path.parent)
     except BaseException:
         target.remove()
         target.close()

@@ -5,6 +5,9 @@ whole, whatever happens. That takes the bitmaps extension to the front; QEMU put
 behind its table of feature names, where it lies across two sectors. Those names only
 make messages nicer, and are left out when the header is written.
 
+The header of an image with a backing file may take more than a sector: the name of
+that file comes last, and has up to 1023 bytes. See `encode_image`.
+
 Source: docs/interop/qcow2.rst of QEMU. Numbers in qcow2 are big-endian.
 """
 
@@ -19,7 +22,7 @@ SECTOR = 512
 # Beyond that no header extension is looked for.
 AREA_MAX = 64 * KiB
 
-_MAGIC = b"QFI\xfb"
+MAGIC = b"QFI\xfb"
 _VERSION = 3
 
 # Magic and version; the fields of Header up to refcount_order; the header's length.
@@ -30,6 +33,7 @@ _BITMAPS = struct.Struct(">IIQQ")
 _END = 0
 _BITMAPS_TYPE = 0x23852875
 _FEATURE_NAMES_TYPE = 0x6803F857
+_BACKING_FORMAT_TYPE = 0xE2792ACA
 
 # Of autoclear: the bitmaps extension is up to date. A program that does not know the
 # extension clears the bit when it changes the file.
@@ -38,11 +42,15 @@ _AUTOCLEAR_BITMAPS = 1
 # Of incompatible: bits 0 to 4 are known, and bit 1 says that nothing may be believed.
 _INCOMPATIBLE_KNOWN = 0b11111
 _INCOMPATIBLE_CORRUPT = 0b00010
+INCOMPATIBLE_EXTERNAL_DATA = 0b00100
+INCOMPATIBLE_EXTENDED_L2 = 0b10000
 
 # QEMU's limits: what is more makes it refuse the file.
 L1_SIZE_MAX = 32 * MiB
 _REFCOUNT_TABLE_SIZE_MAX = 8 * MiB
 _SNAPSHOTS_MAX = 65536
+
+BACKING_NAME_LENGTH_MAX = 1023
 
 # Ours: 1024 bitmaps, and a directory of 1 MiB.
 BITMAPS_MAX = 1024
@@ -61,7 +69,8 @@ class Header(NamedTuple):
     """The fields in their order, then what follows them.
 
     `rest` are fields that later versions have added. `is_void` says that there are
-    bitmaps, but that some program has changed the file without them.
+    bitmaps, but that some program has changed the file without them. `backing_format`
+    is as it is in its extension, None if that is missing.
     """
 
     backing_file_offset: int
@@ -83,6 +92,7 @@ class Header(NamedTuple):
     directory: Directory | None = None
     is_void: bool = False
     has_unknown_extensions: bool = False
+    backing_format: bytes | None = None
 
     @property
     def cluster_size(self) -> int:
@@ -95,9 +105,7 @@ class Header(NamedTuple):
 
     def encode(self) -> bytes:
         """Return the first sector of the file."""
-        fields = self[: Header._fields.index("rest")]
-        header = _FIXED.pack(_MAGIC, _VERSION, *fields, _FIXED.size + len(self.rest))
-        header += self.rest
+        header = self._encode_fields()
         if self.directory:
             count, length, offset = self.directory
             header += _EXTENSION.pack(_BITMAPS_TYPE, _BITMAPS.size)
@@ -106,13 +114,67 @@ class Header(NamedTuple):
         assert len(header) <= SECTOR, "check_writable lets no longer one pass"
         return header.ljust(SECTOR, b"\0")
 
+    def encode_image(self, backing_name: bytes) -> bytes:
+        """Return whole sectors: the header of an image without bitmaps.
+
+        Of `self` the format of the backing file counts, not where its name lies. The
+        name is empty if there is no backing file.
+        """
+        assert not self.directory
+        assert len(backing_name) <= BACKING_NAME_LENGTH_MAX
+        extensions = b""
+        if self.backing_format is not None:
+            length = len(self.backing_format)
+            extensions = _EXTENSION.pack(_BACKING_FORMAT_TYPE, length)
+            extensions += self.backing_format + bytes(-length % 8)
+        extensions += _EXTENSION.pack(_END, 0)
+        offset = _FIXED.size + len(self.rest) + len(extensions)
+        header = self._replace(
+            backing_file_offset=offset if backing_name else 0,
+            backing_file_size=len(backing_name),
+        )
+        area = header._encode_fields() + extensions + backing_name
+        return area + bytes(-len(area) % SECTOR)
+
+    def _encode_fields(self) -> bytes:
+        fields = self[: Header._fields.index("rest")]
+        length = _FIXED.size + len(self.rest)
+        return _FIXED.pack(MAGIC, _VERSION, *fields, length) + self.rest
+
+
+def new_header(size: int, cluster_size: int, l1_offset: int) -> Header:
+    """Return the header for a disk of that size, still without reference counts.
+
+    The size is rounded up to sectors, as QEMU does, and the L1 table has room for it.
+    """
+    size = -(-size // SECTOR) * SECTOR
+    return Header(
+        backing_file_offset=0,
+        backing_file_size=0,
+        cluster_bits=cluster_size.bit_length() - 1,
+        size=size,
+        crypt_method=0,
+        # An entry of the L1 table stands for a cluster full of L2 entries.
+        l1_count=-(-size * 8 // cluster_size**2),
+        l1_offset=l1_offset,
+        refcount_table_offset=0,
+        refcount_table_clusters=0,
+        snapshot_count=0,
+        snapshots_offset=0,
+        incompatible=0,
+        compatible=0,
+        autoclear=0,
+        # 16 bits, QEMU's default too.
+        refcount_order=4,
+    )
+
 
 def decode_header(area: bytes) -> Header:
     """Return the header at the start of a file, of which AREA_MAX bytes are wanted.
 
     Raises NotUsable if it is none, or beyond the limits of QEMU or of ours.
     """
-    if len(area) < _FIXED.size or not area.startswith(_MAGIC):
+    if len(area) < _FIXED.size or not area.startswith(MAGIC):
         raise NotUsable("is no qcow2 file")
     _, version, *fields, length = _FIXED.unpack_from(area)
     if version != _VERSION:
@@ -172,8 +234,11 @@ def _extensions(area: bytes, offset: int) -> list[tuple[int, bytes]]:
 
 def _with_extensions(header: Header, extensions: list[tuple[int, bytes]]) -> Header:
     kinds = [kind for kind, _ in extensions]
-    unknown = set(kinds) - {_BITMAPS_TYPE, _FEATURE_NAMES_TYPE}
-    header = header._replace(has_unknown_extensions=bool(unknown))
+    known = {_BITMAPS_TYPE, _FEATURE_NAMES_TYPE, _BACKING_FORMAT_TYPE}
+    header = header._replace(
+        has_unknown_extensions=bool(set(kinds) - known),
+        backing_format=dict(extensions).get(_BACKING_FORMAT_TYPE),
+    )
     is_current = bool(header.autoclear & _AUTOCLEAR_BITMAPS)
     if not is_current:
         return header._replace(is_void=_BITMAPS_TYPE in kinds)
@@ -207,7 +272,10 @@ def check_writable(header: Header) -> None:
     room = SECTOR - 2 * _EXTENSION.size - _BITMAPS.size
     for what, is_there in [
         ("features that only its owner can change", header.incompatible),
-        ("a backing file", header.backing_file_offset),
+        (
+            "a backing file",
+            header.backing_file_offset or header.backing_format is not None,
+        ),
         ("encryption", header.crypt_method),
         ("internal snapshots", header.snapshot_count),
         (

@@ -45,8 +45,32 @@ class EpochRecord:
 
 
 @dataclass
+class BitmapRecord:
+    """A dirty bitmap of a disk.
+
+    `number` is that of its bits in use, `frozen` of those it had when it began anew for
+    the job `job`. `container` is the file it is saved in, from the state directory, if
+    it is persistent.
+    """
+
+    name: str
+    number: int
+    granularity: int
+    recording: bool
+    persistent: bool
+    auto: bool = True
+    container: str = ""
+    frozen: int | None = None
+    job: str | None = None
+    inconsistent: str | None = None
+
+
+@dataclass
 class DiskRecord:
-    """A disk: which source it was, and the epochs of its past, oldest first."""
+    """A disk: which source it was, the epochs of its past, oldest first, its bitmaps.
+
+    `former_ids` are what it was called on other hosts, by `bitmap import`.
+    """
 
     name: str
     id: str
@@ -58,6 +82,9 @@ class DiskRecord:
     source_mtime_ns: int
     next_epoch: int = 1
     epochs: list[EpochRecord] = field(default_factory=list)
+    next_bitmap: int = 1
+    bitmaps: list[BitmapRecord] = field(default_factory=list)
+    former_ids: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -216,6 +243,9 @@ def _check(state: State) -> None:
     for disk in state.disks:
         UUID(disk.id)
         check_name(disk.name, "disk")
+        for bitmap in disk.bitmaps:
+            if bitmap.granularity.bit_count() != 1:
+                raise ValueError(bitmap.granularity)
     names = {disk.name for disk in state.disks}
     for snapshot in state.snapshots:
         check_name(snapshot.name, "snapshot")
