@@ -27,6 +27,7 @@ from bitarray import bitarray
 
 from fleecefs.bitmaps.mount import MountBitmaps
 from fleecefs.bitmaps.steps import Step
+from fleecefs.bitmaps.transfer import Import, export_bitmaps
 from fleecefs.block.bitmap import LiveBits, Owner
 from fleecefs.block.disk import (
     CLUSTER_SIZE_MAX,
@@ -155,6 +156,7 @@ class Inventory:
             self.runtime_path,
             directory.path,
             _limit(options.cbw_timeout),
+            lambda: directory.save(state),
             self._bitmap_lost,
         )
         self.disks: dict[str, Disk] = {}
@@ -219,7 +221,7 @@ class Inventory:
                 runtime.remove(self.runtime_path)
             raise
         self._recorder.start()
-        self.bitmaps.start()
+        self.bitmaps.save_from_now_on()
         return self
 
     def _load(self, sources: dict[str, Path]) -> None:
@@ -908,6 +910,30 @@ class Inventory:
             for disk in disks:
                 self.bitmaps.find(disk).save()
 
+    def export_bitmaps(
+        self, disk: str, path: Path, names: Sequence[str] | None = None
+    ) -> list[str]:
+        """Write bitmaps of a disk to a new file, for another host; return which.
+
+        It is of use as long as nobody writes to the disk.
+        """
+        with self._control:
+            self.check_open()
+            return export_bitmaps(self.bitmaps.find(disk), path, names)
+
+    def import_bitmaps(
+        self, disk: str, path: Path, names: Sequence[str] | None = None
+    ) -> list[str]:
+        """Add the bitmaps that were exported where the disk was before; return which.
+
+        NotUsable if it is another disk, or has been written to since.
+        """
+        record = self._record_of(self.find_disk(disk))
+        others = {UUID(r.id): r.name for r in self._state.disks if r is not record}
+        step = Import(record, path, names, others)
+        self.change_bitmaps([step])
+        return step.names
+
     def _prepare(self, steps: Sequence[Step], prepared: list[Step]) -> None:
         for step in steps:
             step.prepare(self.bitmaps.find)
@@ -925,6 +951,7 @@ class Inventory:
         if steps:
             reached("bitmaps.finished")
             self._save_gone()
+            self.bitmaps.save_from_now_on()
         return error
 
     def end_bitmap(self, key: str, left: bitarray | None) -> None:

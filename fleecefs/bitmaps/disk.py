@@ -93,8 +93,8 @@ class Saved(NamedTuple):
 class DiskBitmaps:
     """All bitmaps of one disk. What changes them runs in one thread at a time.
 
-    `lost` is called, in any thread, with a name and a reason when one has become
-    inconsistent.
+    `save_state` makes durable what the records say. `lost` is called, in any thread,
+    with a name and a reason when one has become inconsistent.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class DiskBitmaps:
         state: Path,
         containers: Containers,
         timeout: float,
+        save_state: Callable[[], None],
         lost: Callable[[str, str], None] = lambda name, reason: None,
     ) -> None:
         self.disk = disk
@@ -117,6 +118,7 @@ class DiskBitmaps:
         self._containers = containers
         self._open: dict[str, OpenContainer] = {}
         self._timeout = timeout
+        self._save_state = save_state
         self._lost = lost
         # What removes files, once the state that does without them is saved.
         self.garbage: list[Callable[[], None]] = []
@@ -600,6 +602,9 @@ class DiskBitmaps:
         if self._log is not None:
             self._log.close()
             self._log = None
+        if any(e.bitmap.inconsistent is not None for e in list(self.held.values())):
+            # What the log before has said, or would have, only the state says now.
+            self._save_state()
         make_directory(self._log_path.parent)
         self._log = ActivityLog.create(self._log_path, self.disk.id, self.disk.size)
 

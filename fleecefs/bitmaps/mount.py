@@ -26,12 +26,24 @@ Lost = Callable[[str, str, str], None]
 
 
 class MountBitmaps:
-    """`lost` is called with disk, bitmap and reason when one becomes inconsistent."""
+    """All bitmaps, by disk.
 
-    def __init__(self, runtime: Path, state: Path, timeout: float, lost: Lost) -> None:
+    `save_state` makes the records durable; `lost` is called with disk, bitmap and
+    reason when a bitmap becomes inconsistent.
+    """
+
+    def __init__(
+        self,
+        runtime: Path,
+        state: Path,
+        timeout: float,
+        save_state: Callable[[], None],
+        lost: Lost,
+    ) -> None:
         self._runtime = runtime
         self._state = state
         self._timeout = timeout
+        self._save_state = save_state
         self._lost = lost
         self._containers = Containers()
         self._disks: dict[str, DiskBitmaps] = {}
@@ -59,14 +71,20 @@ class MountBitmaps:
             state=self._state,
             containers=self._containers,
             timeout=self._timeout,
+            save_state=self._save_state,
             lost=lambda name, reason: self._lost(record.name, name, reason),
         )
         self._disks[record.name] = bitmaps
         bitmaps.load(end, jobs, changed=changed, autoload=autoload)
 
-    def start(self) -> None:
-        """Begin to save in the background."""
-        self._saver.start()
+    def save_from_now_on(self) -> None:
+        """Save in the background, as soon as there is something that is persistent."""
+        if self._saver.ident is None and any(
+            held.is_stored
+            for bitmaps in self._disks.values()
+            for held in bitmaps.held.values()
+        ):
+            self._saver.start()
 
     def find(self, disk: str) -> DiskBitmaps:
         """Return the bitmaps of a disk; NotFound if there is no such disk."""

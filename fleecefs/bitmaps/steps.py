@@ -72,12 +72,17 @@ def find_free(bitmaps: DiskBitmaps, name: str) -> HeldBitmap:
 def find_good(bitmaps: DiskBitmaps, name: str) -> HeldBitmap:
     """Return one that is right, too; NotUsable with the reason if it is not."""
     held = find_free(bitmaps, name)
+    _check_right(held)
+    return held
+
+
+def _check_right(held: HeldBitmap) -> None:
+    name = held.record.name
     if held.bitmap.inconsistent is not None:
         raise NotUsable(
             f"Bitmap '{name}' is inconsistent and cannot be used: "
             f"{held.bitmap.inconsistent}; clear it or remove it"
         )
-    return held
 
 
 def check_bitmap_name(name: str) -> None:
@@ -263,6 +268,35 @@ class Freeze:
 
     def undo(self) -> None:
         self._swap.undo()
+
+    def concerned(self) -> Sequence[DiskBitmaps]:
+        return [self._bitmaps]
+
+
+class Look:
+    """Copy what a bitmap has at the instant, also one that a job uses, to `bits`."""
+
+    def __init__(self, disk: str, name: str) -> None:
+        self._disk = disk
+        self._name = name
+        self.bits = bitarray(endian="little")
+        self.granularity = GRANULARITY
+
+    def prepare(self, find: FindDisk) -> None:
+        self._bitmaps = find(self._disk)
+        held = find_bitmap(self._bitmaps, self._name)
+        _check_right(held)
+        self._bitmap = held.bitmap
+        self.granularity = held.bitmap.granularity
+
+    def apply(self) -> None:
+        self.bits = self._bitmap.to_save()
+
+    def finish(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        pass
 
     def concerned(self) -> Sequence[DiskBitmaps]:
         return [self._bitmaps]

@@ -15,7 +15,7 @@ import enum
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,11 +29,19 @@ from bitarray.util import zeros
 from fleecefs.bitmaps.steps import Add, Fill, Freeze, Step, find_good
 from fleecefs.block.bitmap import replace_file, sync_directory
 from fleecefs.block.dirty import GRANULARITY, scaled
-from fleecefs.block.epoch import LONGEST, WAITS, OnCbwError
+from fleecefs.block.epoch import OnCbwError
 from fleecefs.block.snapshot import Snapshot
 from fleecefs.errors import NotFound, NotUsable, SnapshotLost, describe
 from fleecefs.inventory import Inventory, PrivateOptions, PrivateSnapshot
 from fleecefs.jobs.copy import Copier
+from fleecefs.jobs.held import (
+    CheckPlace,
+    check,
+    cost_of,
+    end_if_broken,
+    in_thread,
+    surroundings_of,
+)
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.options import BackupOptions, BitmapMode, Format, OnError, Sync
 from fleecefs.jobs.target import (
@@ -60,8 +68,6 @@ _LAST_SECONDS = 5.0
 
 # What closing a target may take until it is left to itself.
 _CLOSE_SECONDS = 1.0
-
-CheckPlace = Callable[[str], None]
 
 
 class Record:
@@ -147,7 +153,7 @@ class BackupJob(Job):
         # None once it has been let go of.
         self._private: PrivateSnapshot | None = private
         self._target = target
-        self._cost = _cost_of(private)
+        self._cost = cost_of(private)
         # What there was to copy when it began.
         self._total = private.snapshot.size
         # The daemon before has done all but to commit.
@@ -173,10 +179,12 @@ class BackupJob(Job):
         """Find out how much there is to copy, and has been copied already."""
         private = self._private
         assert private is not None
-        if private.snapshot.lost is not None or self.options.sync is Sync.NONE:
+        if private.snapshot.lost is not None:
             return
-        self.progress.remaining = _bytes_left(private.snapshot)
-        self.progress.current = self._total - self.progress.remaining
+        left = _bytes_left(private.snapshot)
+        self.progress.current = self._total - left
+        if self.options.sync is not Sync.NONE:
+            self.progress.remaining = left
 
     # -- its life
 
@@ -185,18 +193,16 @@ class BackupJob(Job):
             return
         private, target = self._private, self._target
         assert private is not None
-        token = trio.lowlevel.current_trio_token()
-        private.broke = lambda reason: self._tell_broke(token, reason)
-        _check(private)
+        end_if_broken(self, private)
         assert target is not None
         if self.options.sync is Sync.FULL and not self.restarts:
             await self._empty(target)
         await self._new_copier(private, target).run()
-        _check(private)
+        check(private)
         reached("job.copied")
         # What a flush could not write is released already: there is no second try.
         with self.in_flight():
-            await _in_thread(target, target.flush)
+            await in_thread(target.users, target.flush)
         reached("job.flushed")
 
     async def _empty(self, target: Target) -> None:
@@ -204,7 +210,7 @@ class BackupJob(Job):
             await self.turn()
             try:
                 with self.in_flight():
-                    return await _in_thread(target, target.empty)
+                    return await in_thread(target.users, target.empty)
             except OSError as e:
                 await self.on_error(e, is_read=False)
 
@@ -226,11 +232,6 @@ class BackupJob(Job):
         ram = self._inventory.budgets.ram
         return ram.limit is not None and 2 * ram.used >= ram.limit
 
-    def _tell_broke(self, token: trio.lowlevel.TrioToken, reason: str) -> None:
-        """End at once: nothing that is copied from now on is of the instant."""
-        with contextlib.suppress(trio.RunFinishedError):
-            token.run_sync_soon(self.fail, _broken(reason))
-
     async def commit(self) -> None:
         if self.options.bitmap is None:
             return
@@ -250,7 +251,7 @@ class BackupJob(Job):
         elif self.options.sync is not Sync.NONE:
             # A part of a backup is none: nobody shall take it for one.
             with trio.move_on_after(_CLOSE_SECONDS):
-                await _in_thread(target, target.remove)
+                await in_thread(target.users, target.remove)
         elif self.is_cancelled and private.snapshot.lost is None:
             await self._copy_last(private, target)
 
@@ -259,7 +260,7 @@ class BackupJob(Job):
         left = _clusters_left(private.snapshot)
         with trio.move_on_after(_LAST_SECONDS):
             try:
-                await _in_thread(target, target.flush)
+                await in_thread(target.users, target.flush)
             except OSError as e:
                 log.warning(
                     "job %s: nothing counts as copied: %s", self.id, describe(e)
@@ -275,7 +276,7 @@ class BackupJob(Job):
         with trio.move_on_after(_LAST_SECONDS):
             try:
                 await copier.run()
-                await _in_thread(target, target.flush)
+                await in_thread(target.users, target.flush)
                 return
             except OSError as e:
                 log.warning("job %s: the last of it failed: %s", self.id, describe(e))
@@ -301,7 +302,7 @@ class BackupJob(Job):
         await trio.to_thread.run_sync(self._inventory.delete_private, private)
         if target is not None:
             with trio.move_on_after(_CLOSE_SECONDS):
-                await _in_thread(target, target.close)
+                await in_thread(target.users, target.close)
 
     def save(self) -> None:
         if self._has_cleaned:
@@ -337,7 +338,7 @@ class BackupJob(Job):
         }
 
     def _cost_now(self) -> dict[str, Any]:
-        return self._cost if self._private is None else _cost_of(self._private)
+        return self._cost if self._private is None else cost_of(self._private)
 
     # -- going on
 
@@ -357,39 +358,6 @@ class BackupJob(Job):
         elif now.get("user-paused"):
             self.pause()
         self.save()
-
-
-def _cost_of(private: PrivateSnapshot) -> dict[str, Any]:
-    """Return what a job costs the guest (control/results.py, Cost)."""
-    counters, budgets = private.snapshot.epoch.counters, private.budgets
-    return {
-        "waited": int(counters[WAITS]),
-        "longest-wait": counters[LONGEST] / 1e9,
-        "ram": budgets.ram.used,
-        "ram-peak": budgets.ram.peak,
-        "disk": budgets.disk.used,
-        "disk-peak": budgets.disk.peak,
-    }
-
-
-def _check(private: PrivateSnapshot) -> None:
-    if private.snapshot.lost is not None:
-        raise _broken(private.snapshot.lost)
-
-
-def _broken(reason: str) -> SnapshotLost:
-    return SnapshotLost(f"its snapshot is broken: {reason}")
-
-
-async def _in_thread(target: Target, function: Callable[[], None]) -> None:
-    """Run what may hang in the target, in a thread that can be abandoned."""
-
-    def run() -> None:
-        with target.used():
-            function()
-
-    limiter = trio.CapacityLimiter(1)
-    await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
 
 
 def _clusters_left(snapshot: Snapshot) -> bitarray:
@@ -449,7 +417,7 @@ def create_backups(
     for options in backups:
         check_options(options)
         inventory.find_disk(options.device)
-    surroundings = _surroundings(inventory, check_place)
+    surroundings = surroundings_of(inventory, check_place)
     jobs: list[tuple[BackupOptions, Target, Record]] = []
     steps: list[Step] = []
     with ExitStack() as undo:
@@ -596,13 +564,6 @@ def _check_bitmap(sync: Sync, bitmap: str | None, mode: BitmapMode | None) -> No
         )
 
 
-def _surroundings(inventory: Inventory, check_place: CheckPlace) -> Surroundings:
-    sources = {
-        name: inventory.source_status(disk) for name, disk in inventory.disks.items()
-    }
-    return Surroundings(sources, inventory.own_places(), check_place)
-
-
 def _told(options: BackupOptions, target: Target) -> dict[str, Any]:
     told = {
         **asdict(options),
@@ -612,12 +573,14 @@ def _told(options: BackupOptions, target: Target) -> dict[str, Any]:
         "on_target_error": options.on_target_error.value,
         "on_cbw_error": _value(options.on_cbw_error),
         "bitmap_mode": _value(options.bitmap_mode),
-        "format": options.format.value,
+        "target_format": options.format.value,
         "backing": _text(options.backing),
         "backing_format": target.backing_format,
         "target_is_new": target.is_new,
         "created": time.time(),
     }
+    # Where the record says what kind of file it is.
+    del told["format"]
     return {name.replace("_", "-"): value for name, value in told.items()}
 
 
@@ -638,7 +601,7 @@ def _options(told: dict[str, Any]) -> BackupOptions:
         auto_dismiss=told["auto-dismiss"],
         bitmap=told["bitmap"],
         bitmap_mode=told["bitmap-mode"] and BitmapMode(told["bitmap-mode"]),
-        format=Format(told["format"]),
+        format=Format(told["target-format"]),
         backing=told["backing"] and Path(told["backing"]),
         backing_format=told["backing-format"] and Format(told["backing-format"]),
         fallback=told["fallback"],

@@ -35,14 +35,52 @@ _CLONE_RANGE = struct.Struct("=qQQQ")
 _BLKROGET = 0x125E
 
 
-# Those that threads are busy with. A process can not end before they have come back,
-# not even when it is killed: the kernel waits for the storage.
-_busy: set["Target"] = set()
+# Those of targets that threads are busy with. A process can not end before they have
+# come back, not even when it is killed: the kernel waits for the storage.
+_busy: set["Users"] = set()
 
 
 def busy_targets() -> list[str]:
     """Return the paths of targets that threads are busy with, also abandoned ones."""
-    return [str(target.path) for target in list(_busy)]
+    return [str(users.path) for users in list(_busy)]
+
+
+class Users:
+    """The `count` threads that are busy with a target, also abandoned ones."""
+
+    def __init__(self, path: Path | None, close: Callable[[], None]) -> None:
+        self.path = path
+        self._close = close
+        self._lock = threading.Lock()
+        self.count = 0
+        self._is_closing = False
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Keep it open meanwhile: for a thread that may hang in it."""
+        with self._lock:
+            if self._is_closing:
+                raise OSError(errno.EBADF, "the target is closed")
+            self.count += 1
+            _busy.add(self)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.count -= 1
+                if not self.count:
+                    _busy.discard(self)
+                is_last = self._is_closing and not self.count
+            if is_last:
+                self._close()
+
+    def close(self) -> None:
+        """Let go of it; the last thread that is busy with it closes it."""
+        with self._lock:
+            self._is_closing = True
+            is_unused = not self.count
+        if is_unused:
+            self._close()
 
 
 class Target:
@@ -76,29 +114,11 @@ class Target:
             self._fd = image.fd
         elif isinstance(image, NewImage) and isinstance(image.file, OpenFile):
             self._fd = image.file.fd
-        self._lock = threading.Lock()
-        # How many threads are busy with it, also abandoned ones.
-        self.users = 0
-        self._is_closing = False
+        self.users = Users(path, lambda: self._image.close())
 
-    @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
+    def used(self) -> contextlib.AbstractContextManager[None]:
         """Keep it open meanwhile: for a thread that may hang in it."""
-        with self._lock:
-            if self._is_closing:
-                raise OSError(errno.EBADF, "the target is closed")
-            self.users += 1
-            _busy.add(self)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.users -= 1
-                if not self.users:
-                    _busy.discard(self)
-                is_last = self._is_closing and not self.users
-            if is_last:
-                self._image.close()
+        return self.users.busy()
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of it, or raise: written twice, it is the same."""
@@ -172,11 +192,7 @@ class Target:
 
     def close(self) -> None:
         """Let go of it; the last thread that is busy with it closes it."""
-        with self._lock:
-            self._is_closing = True
-            is_unused = not self.users
-        if is_unused:
-            self._image.close()
+        self.users.close()
 
 
 class Surroundings:
@@ -303,12 +319,12 @@ def reopen_target(path: Path, size: int, *, is_new: bool) -> Target:
 def reopen_qcow2(path: Path, size: int, backing: Backing | None) -> Target:
     """Open the qcow2 file of a job that goes on."""
     with _naming("target", path):
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = _as_file(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK), path)
         try:
-            lock_whole(fd, str(_in_use(path)))
-            image = NewImage.resume(_as_file(fd, path), size, backing)
+            lock_whole(file.fd, str(_in_use(path)))
+            image = NewImage.resume(file, size, backing)
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
     return Target(image, path, is_new=True, is_blank=backing is None)
 

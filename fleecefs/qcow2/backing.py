@@ -72,15 +72,18 @@ def is_qcow2(area: bytes) -> bool:
     return area.startswith(MAGIC)
 
 
-def find_backing_format(file: File, disk_size: int, told: str | None) -> str:
+def find_backing_format(
+    file: File, disk_size: int, told: str | None, *, option: str = "--backing-format"
+) -> str:
     """Return the format of a backing file for a disk of that size.
 
     It is checked if it was told. Otherwise the length of the file decides, which is
-    not the guest's to choose: NotUsable if that leaves both formats, or none.
+    not the guest's to choose: NotUsable if that leaves both formats, or none. `option`
+    is what people tell it by.
     """
     with naming(file):
         if told is None:
-            return _find_format(file, disk_size)
+            return _find_format(file, disk_size, option)
         check_format(told)
         if told == QCOW2:
             _check_header(file, disk_size)
@@ -89,14 +92,14 @@ def find_backing_format(file: File, disk_size: int, told: str | None) -> str:
         return told
 
 
-def _find_format(file: File, disk_size: int) -> str:
+def _find_format(file: File, disk_size: int, option: str) -> str:
     is_as_long = file.size() == disk_size
     if not is_qcow2(file.pread(min(len(MAGIC), file.size()), 0)):
         if not is_as_long:
             raise NotUsable(_sizes(file, disk_size))
         return RAW
     if is_as_long:
-        raise NotUsable("may be raw or qcow2: say which with --backing-format")
+        raise NotUsable(f"may be raw or qcow2: say which with {option}")
     try:
         _check_header(file, disk_size)
     except NotUsable as e:

@@ -60,14 +60,12 @@ from fleecefs.qcow2.header import (
     Directory,
     Header,
     check_writable,
+    new_header,
 )
 from fleecefs.units import KiB
 
 # QEMU's default: a cluster has the bits of 32 GiB at a granularity of 64 KiB.
 _CLUSTER_SIZE = 64 * KiB
-
-# 16 bits, QEMU's default too.
-_REFCOUNT_ORDER = 4
 
 
 class Bitmap(NamedTuple):
@@ -102,7 +100,13 @@ class Container:
         self.was_void = contents.header.is_void
 
     @classmethod
-    def create(cls, file: File, size: int, cluster_size: int = _CLUSTER_SIZE) -> Self:
+    def create(
+        cls,
+        file: File,
+        size: int,
+        cluster_size: int = _CLUSTER_SIZE,
+        identity: bytes | None = None,
+    ) -> Self:
         """Make an empty file a container without bitmaps, and make it durable.
 
         The size of the disk is rounded up to sectors, as QEMU does. A power failure
@@ -119,8 +123,8 @@ class Container:
         clusters = Clusters(cluster_size, 0)
         clusters.allocate(SECTOR)
         # Only allocated: as all that is never written, it reads as zeroes.
-        l1_offset = clusters.allocate(l1_size)
-        header = _empty_header(size, cluster_size, l1_size // 8, l1_offset)
+        header = new_header(size, cluster_size, clusters.allocate(l1_size))
+        header = header._replace(l1_count=l1_size // 8, identity=identity)
         contents = Contents(header, array("Q"), {}, {})
         container = cls(file, contents, Clusters(cluster_size, 0))
         with container._changing():
@@ -326,25 +330,3 @@ class Container:
         self._has_failed = True
         yield
         self._has_failed = False
-
-
-def _empty_header(
-    size: int, cluster_size: int, l1_count: int, l1_offset: int
-) -> Header:
-    return Header(
-        backing_file_offset=0,
-        backing_file_size=0,
-        cluster_bits=cluster_size.bit_length() - 1,
-        size=size,
-        crypt_method=0,
-        l1_count=l1_count,
-        l1_offset=l1_offset,
-        refcount_table_offset=0,
-        refcount_table_clusters=0,
-        snapshot_count=0,
-        snapshots_offset=0,
-        incompatible=0,
-        compatible=0,
-        autoclear=0,
-        refcount_order=_REFCOUNT_ORDER,
-    )

@@ -33,6 +33,8 @@ _BITMAPS = struct.Struct(">IIQQ")
 _END = 0
 _BITMAPS_TYPE = 0x23852875
 _FEATURE_NAMES_TYPE = 0x6803F857
+# Ours, "flcs": programs keep what they do not know.
+_IDENTITY_TYPE = 0x666C6373
 _BACKING_FORMAT_TYPE = 0xE2792ACA
 
 # Of autoclear: the bitmaps extension is up to date. A program that does not know the
@@ -70,7 +72,8 @@ class Header(NamedTuple):
 
     `rest` are fields that later versions have added. `is_void` says that there are
     bitmaps, but that some program has changed the file without them. `backing_format`
-    is as it is in its extension, None if that is missing.
+    is as it is in its extension, None if that is missing; so is `identity`, which says
+    of what disk bitmaps are that move to another host.
     """
 
     backing_file_offset: int
@@ -93,6 +96,7 @@ class Header(NamedTuple):
     is_void: bool = False
     has_unknown_extensions: bool = False
     backing_format: bytes | None = None
+    identity: bytes | None = None
 
     @property
     def cluster_size(self) -> int:
@@ -110,6 +114,9 @@ class Header(NamedTuple):
             count, length, offset = self.directory
             header += _EXTENSION.pack(_BITMAPS_TYPE, _BITMAPS.size)
             header += _BITMAPS.pack(count, 0, length, offset)
+        if self.identity is not None:
+            header += _EXTENSION.pack(_IDENTITY_TYPE, len(self.identity))
+            header += self.identity + bytes(-len(self.identity) % 8)
         header += _EXTENSION.pack(_END, 0)
         assert len(header) <= SECTOR, "check_writable lets no longer one pass"
         return header.ljust(SECTOR, b"\0")
@@ -234,10 +241,16 @@ def _extensions(area: bytes, offset: int) -> list[tuple[int, bytes]]:
 
 def _with_extensions(header: Header, extensions: list[tuple[int, bytes]]) -> Header:
     kinds = [kind for kind, _ in extensions]
-    known = {_BITMAPS_TYPE, _FEATURE_NAMES_TYPE, _BACKING_FORMAT_TYPE}
+    known = {
+        _BITMAPS_TYPE,
+        _FEATURE_NAMES_TYPE,
+        _BACKING_FORMAT_TYPE,
+        _IDENTITY_TYPE,
+    }
     header = header._replace(
         has_unknown_extensions=bool(set(kinds) - known),
         backing_format=dict(extensions).get(_BACKING_FORMAT_TYPE),
+        identity=dict(extensions).get(_IDENTITY_TYPE),
     )
     is_current = bool(header.autoclear & _AUTOCLEAR_BITMAPS)
     if not is_current:
@@ -269,6 +282,8 @@ def check_writable(header: Header) -> None:
     file, extended L2 entries, or header extensions that we do not know.
     """
     length = _FIXED.size + len(header.rest)
+    if header.identity is not None:
+        length += _EXTENSION.size + len(header.identity) + 7
     room = SECTOR - 2 * _EXTENSION.size - _BITMAPS.size
     for what, is_there in [
         ("features that only its owner can change", header.incompatible),

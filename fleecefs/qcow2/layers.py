@@ -19,10 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 from fleecefs.errors import NotUsable
-from fleecefs.qcow2.backing import (
-    Backing,
-    decode_backing,
-)
+from fleecefs.qcow2.backing import Backing, decode_backing
 from fleecefs.qcow2.bitmaps import Table, decode_table
 from fleecefs.qcow2.header import (
     AREA_MAX,

@@ -638,7 +638,7 @@ async def test_whose_target_failed_lets_go_of_it(web, content, target):
     async with running(web) as jobs:
         (job,) = await start(jobs, wanted(target, speed=NEVER))
         await wait_for(lambda: job.progress.current)
-        file = job._target._file
+        file = job._target._raw
         stay = hook(job, Gate).hold("pwrite")
         hook(job, Faulty, on="pwrite", nth=2)
         job.set_speed(0)

@@ -60,6 +60,8 @@ class Host:
         assert self.inventory is not None
         self.inventory._broken.put(None)
         self.inventory._recorder.join()
+        self.inventory.bitmaps._stop_saver()
+        self.inventory.bitmaps.close_files()
         self.inventory._close_files()
         self.inventory = None
 
