@@ -185,6 +185,18 @@ def peak_memory(mounted: Mounted, seconds: float) -> Sample:
     return Sample(memory["VmHWM"], memory | {"ram_tier_used": used})
 
 
+def save_bitmap(mounted: Mounted, seconds: float) -> Sample:
+    """Return how long it takes to save what 100 writes have changed, in ms."""
+    run(*load(mounted, io_size=100 * 4 * KiB), timeout=PATIENCE_SECONDS)
+    began = time.monotonic()
+    mounted.command("bitmap", "save")
+    took = time.monotonic() - began
+    began = time.monotonic()
+    # What the command takes by itself.
+    mounted.command("bitmap", "list")
+    return Sample(took * 1000, {"command_ms": (time.monotonic() - began) * 1000})
+
+
 def daemon_of(mounted: Mounted) -> tuple[int, float]:
     """Return the process that serves the mount, and the MiB in its RAM tier."""
     status = json.loads(mounted.command("status", "--json"))

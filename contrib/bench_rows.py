@@ -16,6 +16,7 @@ from bench_measures import (
     overwriting,
     peak_memory,
     read_with,
+    save_bitmap,
     tar,
     timed,
 )
@@ -31,6 +32,7 @@ DISK_SIZE_MAX = 2 * GiB
 class Column:
     side: str
     snapshots: int = 0
+    bitmaps: int = 0
     # The disk of a sparse row, and how much of it is data.
     size: int = SPARSE_SIZE
     data: int = 0
@@ -38,6 +40,8 @@ class Column:
     def __str__(self) -> str:
         if self.side == "ours" and self.snapshots > 1:
             return f"ours, {self.snapshots} snapshots"
+        if self.bitmaps:
+            return f"ours, {self.bitmaps} bitmaps"
         if self.data:
             return f"{self.side}, {self.data // GiB} of {self.size // GiB} GiB"
         return self.side
@@ -99,6 +103,32 @@ ROWS = (
             goal=1.2,
         )
         for pattern in ("read", "write")
+    ),
+    Row(
+        name="bitmaps-randwrite",
+        title="live, 4 KiB random write, qd 16, with 4 bitmaps / with none (both ours)",
+        unit="IOPS",
+        columns=(Column("ours", bitmaps=4), Column("ours")),
+        measure=timed("randwrite", "4k", 16),
+        goal=0.95,
+    ),
+    Row(
+        name="bitmaps-first",
+        title="same, each write the first one in its granule, mostly",
+        unit="IOPS",
+        columns=(Column("ours", bitmaps=4), Column("ours")),
+        measure=overwriting("randwrite", "4k", 16, part=1 / 32),
+        goal=0.9,
+    ),
+    Row(
+        name="bitmaps-save",
+        title="save the bitmap of 10 TiB after 100 writes all over it",
+        unit="ms",
+        columns=(Column("ours", bitmaps=1, size=10 * TiB),),
+        measure=save_bitmap,
+        goal=1000,
+        place="disk",
+        is_sparse=True,
     ),
     Row(
         name="cbw-randwrite",

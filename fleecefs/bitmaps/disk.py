@@ -24,7 +24,7 @@ from fleecefs.bitmaps.containers import Containers, OpenContainer
 from fleecefs.block.bitmap import LiveBits, Owner, make_directory
 from fleecefs.block.dirty import DirtyBitmap, Recorder
 from fleecefs.block.disk import Disk
-from fleecefs.errors import NameTaken, NotFound, NotUsable, describe
+from fleecefs.errors import Busy, NameTaken, NotFound, NotUsable, describe
 from fleecefs.killpoint import reached
 from fleecefs.qcow2.bitmaps import Entry
 from fleecefs.qcow2.container import Bitmap
@@ -191,6 +191,9 @@ class DiskBitmaps:
             mine = {name: b for (at, name), b in known.items() if at == place}
             try:
                 container = self.container(place)
+            except Busy:
+                # Nothing has been written yet: whoever mounts can see to it.
+                raise
             except OSError as e:
                 reason = describe(e)
                 if place == default and isinstance(e, NotUsable):
@@ -198,6 +201,8 @@ class DiskBitmaps:
                 for record in mine.values():
                     self._lose_unread(record, reason)
                 continue
+            if place == default and end is not End.CLEAN:
+                self._remove_strays(container, mine)
             names = list(container.entries) if place == default else list(mine)
             if container.was_void:
                 for record in mine.values():
@@ -209,6 +214,18 @@ class DiskBitmaps:
             else:
                 self._leave(container, names)
         self._release_unused()
+
+    @staticmethod
+    def _remove_strays(container: OpenContainer, known: Collection[str]) -> None:
+        """Remove what a command has left that a crash cut short."""
+        with container.lock:
+            strays = [
+                name
+                for name, entry in container.entries.items()
+                if name not in known and entry.is_in_use and not entry.is_foreign
+            ]
+            if strays:
+                container.update(remove=strays)
 
     def _logged(self, end: End) -> tuple[bitarray | None, str | None]:
         """Return the areas written before a crash of the host, or why nobody knows."""
@@ -302,6 +319,9 @@ class DiskBitmaps:
     def _go_on(self) -> None:
         """Do as `_mark_in_use`, for users who are there already and come first."""
         try:
+            default = self._open.get(self._place_of(None))
+            if default is not None:
+                self._remove_strays(default, self.held)
             self._mark_in_use()
             if self._log is None:
                 with contextlib.suppress(FileNotFoundError, NotUsable):
@@ -509,9 +529,13 @@ class DiskBitmaps:
         name, bitmap = held.record.name, held.bitmap
         container = self.container(place, create=True)
         with container.lock:
+            entry = container.entries.get(name)
+            # One that was in use when it was left is of no use: the name is free.
+            is_taken = entry is not None and not entry.is_in_use
             if held.container is None and (
                 name in container.claimed
-                or (name in container.entries and bitmap.inconsistent is None)
+                or (is_taken and bitmap.inconsistent is None)
+                or (entry is not None and entry.is_foreign)
             ):
                 raise NameTaken(f"Bitmap already exists: {name}, in {container.path}")
             self.provide_log()
@@ -618,10 +642,12 @@ class DiskBitmaps:
         if not held:
             self.disk.recorder = None
             return
-        recorder = Recorder(self.disk.size, [each.bitmap for each in held])
-        if any(each.container is not None for each in held):
-            recorder.commit = self._commit
-        self.disk.recorder = recorder
+        is_logged = any(each.container is not None for each in held)
+        self.disk.recorder = Recorder(
+            self.disk.size,
+            [each.bitmap for each in held],
+            self._commit if is_logged else None,
+        )
 
     # -- for writers
 

@@ -14,7 +14,8 @@ have, never more.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from bitarray import bitarray
 from bitarray.util import zeros
@@ -27,6 +28,13 @@ GRANULARITY_MIN, GRANULARITY_MAX = 512, 2 * GiB
 
 # A unit of bits that is saved or not: 4 KiB of them.
 _UNIT_SHIFT = 15
+
+
+class Mark(NamedTuple):
+    """Where a write is recorded: the bits, and the units of them to be saved."""
+
+    bits: bitarray
+    unsaved: bitarray
 
 
 class DirtyBitmap:
@@ -50,12 +58,12 @@ class DirtyBitmap:
     ) -> None:
         self.name = name
         self.granularity = granularity
+        self.shift = granularity.bit_length() - 1
         self.bit_count = -(-size // granularity)
         self.bits = bits
         self.recording = recording
         self.frozen: bitarray | None = None
         self.inconsistent = inconsistent
-        self._shift = granularity.bit_length() - 1
         # Units that are not as they were saved last.
         self._unsaved = zeros(_units(self.bit_count), endian="little")
         self._unsaved.setall(1)
@@ -75,10 +83,11 @@ class DirtyBitmap:
 
     def set(self, offset: int, end: int) -> None:
         """Say that [offset, end) is dirty."""
-        first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
-        self.bits[first:stop] = 1
-        # After the bits: see `take_unsaved`.
-        self._unsaved[first >> _UNIT_SHIFT : ((stop - 1) >> _UNIT_SHIFT) + 1] = 1
+        _set([self.mark()], offset >> self.shift, (end - 1) >> self.shift)
+
+    def mark(self) -> Mark:
+        """Return what a write sets, until the next freeze."""
+        return Mark(self.bits, self._unsaved)
 
     def add(self, bits: bitarray, granularity: int) -> None:
         """Say that what other bits have is dirty, too; rounded outward."""
@@ -142,6 +151,19 @@ class DirtyBitmap:
         return bits
 
 
+def _set(marks: list[Mark], first: int, last: int) -> None:
+    """Set bits [first, last], and after them their units: see `take_unsaved`."""
+    if first == last:
+        for bits, unsaved in marks:
+            if not bits[first]:
+                bits[first] = 1
+                unsaved[first >> _UNIT_SHIFT] = 1
+        return
+    for bits, unsaved in marks:
+        bits[first : last + 1] = 1
+        unsaved[first >> _UNIT_SHIFT : (last >> _UNIT_SHIFT) + 1] = 1
+
+
 def _units(count: int) -> int:
     return ((count - 1) >> _UNIT_SHIFT) + 1
 
@@ -156,30 +178,40 @@ def scaled(
 
 
 class Recorder:
-    """Records the writes to one disk in its bitmaps.
+    """Records the writes to one disk in its bitmaps, as they are when it is made.
 
     `commit` makes durable that something in [offset, end) is dirty, where that has to
     outlive the host; it may raise OSError, and the write fails with it.
     """
 
-    def __init__(self, size: int, bitmaps: list[DirtyBitmap]) -> None:
-        self._bitmaps = tuple(bitmaps)
-        self._shift = min(b.granularity for b in bitmaps).bit_length() - 1
-        self._covered = zeros((size - 1 >> self._shift) + 1, endian="little")
-        self.commit: Callable[[int, int], None] | None = None
+    __slots__ = ("_commit", "_covered", "_groups", "_shift")
+
+    def __init__(
+        self,
+        size: int,
+        bitmaps: Iterable[DirtyBitmap],
+        commit: Callable[[int, int], None] | None = None,
+    ) -> None:
+        groups: dict[int, list[Mark]] = {}
+        for bitmap in bitmaps:
+            groups.setdefault(bitmap.shift, []).append(bitmap.mark())
+        self._groups = list(groups.items())
+        self._shift = min(groups)
+        self._covered = zeros(((size - 1) >> self._shift) + 1, endian="little")
+        self._commit = commit
 
     def record(self, offset: int, end: int) -> None:
         """Say that [offset, end) is about to be written."""
-        first, last = offset >> self._shift, (end - 1) >> self._shift
-        covered = self._covered
+        shift = self._shift
+        first, last = offset >> shift, (end - 1) >> shift
         if first == last:
-            if covered[first]:
+            if self._covered[first]:
                 return
-        elif covered.find(0, first, last + 1) < 0:
+        elif self._covered.find(0, first, last + 1) < 0:
             return
-        for bitmap in self._bitmaps:
-            bitmap.set(offset, end)
+        for shift, marks in self._groups:
+            _set(marks, offset >> shift, (end - 1) >> shift)
         # After the bits, see state/activity_log.py.
-        if self.commit is not None:
-            self.commit(offset, end)
-        covered[first : last + 1] = 1
+        if self._commit is not None:
+            self._commit(offset, end)
+        self._covered[first : last + 1] = 1

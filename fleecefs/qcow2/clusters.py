@@ -1,5 +1,7 @@
 """Which clusters of a qcow2 file are in use."""
 
+from collections.abc import Iterable
+
 from bitarray.util import zeros
 
 from fleecefs.errors import NotUsable
@@ -37,6 +39,17 @@ class Clusters:
         if self.used.find(1, first, end) >= 0:
             raise NotUsable(f"{what} at {offset} overlaps with something else")
         self.used[first:end] = 1
+
+    def claim_each(self, offsets: Iterable[int], what: str) -> None:
+        """Take single clusters; `claim` for a million of them in a second or less."""
+        size, used = self.cluster_size, self.used
+        end = self._file_size - size
+        for offset in offsets:
+            index, within = divmod(offset, size)
+            if within or offset > end or used[index]:
+                # To say which of these it is.
+                self.claim(offset, size, what)
+            used[index] = 1
 
     def copy(self) -> "Clusters":
         copy = Clusters(self.cluster_size, 0)

@@ -36,6 +36,8 @@ from fleecefs.units import MiB
 # Header, directory, the tables of a million clusters and the refcount table are 17 MiB.
 _READ_MAX = 32 * MiB
 
+_NO_CLUSTER = (ALL_ZEROES, ALL_ONES)
+
 # An entry of the snapshot table has at least so many bytes.
 _SNAPSHOT_SIZE_MIN = 40
 
@@ -68,9 +70,7 @@ class Contents(NamedTuple):
         clusters.claim(header.l1_offset, header.l1_count * 8, "L1 table")
         length = header.refcount_table_clusters * cluster_size
         clusters.claim(header.refcount_table_offset, length, "refcount table")
-        for block in self.blocks:
-            if block:
-                clusters.claim(block, cluster_size, "refcount block")
+        clusters.claim_each(filter(None, self.blocks), "refcount block")
         length = header.snapshot_count * _SNAPSHOT_SIZE_MIN
         clusters.claim(header.snapshots_offset, length, "snapshot table")
         if header.directory:
@@ -78,9 +78,8 @@ class Contents(NamedTuple):
             clusters.claim(offset, length, "bitmap directory")
         for name, entry in self.entries.items():
             clusters.claim(entry.table_offset, entry.table_count * 8, "bitmap table")
-            for value in self.tables[name]:
-                if value not in (ALL_ZEROES, ALL_ONES):
-                    clusters.claim(value, cluster_size, "cluster of bits")
+            kept = (v for v in self.tables[name] if v not in _NO_CLUSTER)
+            clusters.claim_each(kept, "cluster of bits")
         return clusters
 
     def bits(self, file: File, name: str) -> bitarray:

@@ -14,8 +14,16 @@ from uuid import UUID
 
 from fleecefs.block.bitmap import Owner, read_saved
 from fleecefs.errors import NotFound, describe
+from fleecefs.qcow2.contents import read_contents
+from fleecefs.qcow2.file import DescriptorFile
 from fleecefs.state import runtime
-from fleecefs.state.directory import DiskRecord, EpochRecord, State, StateDirectory
+from fleecefs.state.directory import (
+    BitmapRecord,
+    DiskRecord,
+    EpochRecord,
+    State,
+    StateDirectory,
+)
 from fleecefs.state.preserved_log import read_log
 
 
@@ -60,6 +68,9 @@ def _check(path: Path, state: State, *, repair: bool) -> Iterator[Finding]:
             yield Finding(f"disk {disk.name}", f"{disk.source} is missing", False)
         for epoch in disk.epochs:
             yield from _check_epoch(path, state, disk, epoch)
+        for bitmap in disk.bitmaps:
+            if bitmap.persistent:
+                yield from _check_bitmap(path, state, disk, bitmap)
     yield from _check_orphans(path, state, repair=repair)
 
 
@@ -91,6 +102,31 @@ def _check_file(what: str, read: Callable[[], object]) -> Iterator[Finding]:
         read()
     except FileNotFoundError as e:
         yield Finding(what, f"{e.filename} is missing", False)
+    except OSError as e:
+        yield Finding(what, describe(e), False)
+
+
+def _check_bitmap(
+    path: Path, state: State, disk: DiskRecord, bitmap: BitmapRecord
+) -> Iterator[Finding]:
+    what = f"bitmap {bitmap.name} of {disk.name}"
+    if bitmap.inconsistent is not None:
+        yield Finding(what, f"is inconsistent: {bitmap.inconsistent}", False)
+        return
+    place = path / bitmap.container
+    try:
+        with open(place, "rb") as opened:
+            file = DescriptorFile(opened.fileno(), str(place))
+            contents = read_contents(file)
+            entry = contents.entries.get(bitmap.name)
+            if entry is None:
+                yield Finding(what, f"is not in {place}", False)
+            elif state.is_clean and entry.is_in_use:
+                yield Finding(what, f"was left in use in {place}", False)
+            else:
+                contents.bits(file, bitmap.name)
+    except FileNotFoundError:
+        yield Finding(what, f"{place} is missing", False)
     except OSError as e:
         yield Finding(what, describe(e), False)
 
