@@ -108,7 +108,12 @@ class Daemon:
         commands = Commands(
             inventory,
             self._jobs,
-            Lifecycle(self._status, self._umount_on_request, self._restart),
+            Lifecycle(
+                self._status,
+                self._umount_on_request,
+                self._restart,
+                self._check_target,
+            ),
         )
         control = str(runtime.control_socket(inventory.runtime_path))
         async with serving(control, commands, self._events):
@@ -238,6 +243,11 @@ class Daemon:
             },
             "disks": inventory.describe_disks(),
             "snapshots": inventory.describe_snapshots(),
+            "bitmaps": [
+                bitmap
+                for disk in inventory.disks
+                for bitmap in inventory.bitmaps.describe(disk)
+            ],
             "store": {
                 "directory": str(inventory.store_path),
                 **inventory.budgets.disk.statistics(),

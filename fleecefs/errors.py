@@ -99,6 +99,10 @@ class Unsupported(Error):
     code = errno.EOPNOTSUPP
 
 
+class Differs(Error):
+    """A backup is not like its disk where it should be."""
+
+
 class Abandoned(Exception):
     """The guest's request was taken over, because the copy it waited for hung.
 

@@ -17,7 +17,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -217,7 +217,7 @@ class Inventory:
             self.bitmaps.close_files()
             self._close_files()
             # The bits of a daemon that crashed are kept there.
-            if self._end is End.CLEAN:
+            if self._state.is_clean:
                 runtime.remove(self.runtime_path)
             raise
         self._recorder.start()
@@ -247,10 +247,21 @@ class Inventory:
         state.boot_id = runtime.boot_id()
         self._save()
         reached("start.saved")
+        try:
+            self.bitmaps.mark_in_use()
+        except OSError:
+            self._undo_start()
+            raise
         for disk in self.disks.values():
             self._collect(disk)
         reached("start.collected")
         self._remove_orphans()
+
+    def _undo_start(self) -> None:
+        """Say again that the end was a clean one, if it was: nobody was served."""
+        if self._end is End.CLEAN:
+            self._directory.save(replace(self._state, is_clean=True))
+            self._state.is_clean = True
 
     def _load_bitmaps(self, record: DiskRecord) -> None:
         self.bitmaps.load(
@@ -971,6 +982,12 @@ class Inventory:
         if found is None:
             return
         bitmaps, held = found
+        if is_copied and held.is_stored:
+            try:
+                bitmaps.settle_past()
+            except OSError as e:
+                log.error("a bitmap goes on as if nothing was copied: %s", describe(e))
+                is_copied, left = False, None
         if left is not None and left.any():
             held.bitmap.add(left, bitmaps.disk.cluster_size)
             try:

@@ -52,16 +52,31 @@ class OpenContainer:
 
         NotUsable if it is none; Busy if somebody else writes to it.
         """
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_CREAT if create else 0)
-        fd = _open(path, flags)
+        if create and not path.exists():
+            return cls._create(path, size)
+        fd = _open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             _lock(fd, path)
             file = DescriptorFile(fd, str(path))
-            if create and not file.size():
-                container = Container.create(file, size)
-                sync_directory(path.parent)
-            else:
-                container = Container.open(file)
+            is_new = create and not file.size()
+            container = Container.create(file, size) if is_new else Container.open(file)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(path, fd, container)
+
+    @classmethod
+    def _create(cls, path: Path, size: int) -> Self:
+        """Make one under another name first: a part of one would be in the way."""
+        made = path.with_name(path.name + ".new")
+        fd = _open(made, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_CREAT)
+        try:
+            _lock(fd, path)
+            if os.fstat(fd).st_size:
+                os.ftruncate(fd, 0)
+            container = Container.create(DescriptorFile(fd, str(path)), size)
+            made.rename(path)
+            sync_directory(path.parent)
         except BaseException:
             os.close(fd)
             raise
@@ -132,7 +147,9 @@ class OpenContainer:
         return self._container
 
     def close(self) -> None:
-        os.close(self._fd)
+        # A save may be at it.
+        with self.lock:
+            os.close(self._fd)
 
 
 class Containers:

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 _LEFT_IN_USE = "was in use when its file was left"
 _VOID = "another program has changed its file without the bitmaps"
 
+# Of the numbers that are kept with the bits in use.
+_STOPPED = 0
+
 # How long a write waits until a log that has failed says so durably.
 _VOID_SECONDS = 5.0
 
@@ -61,6 +64,18 @@ class HeldBitmap:
     def is_stored(self) -> bool:
         """Whether its container is to say what it is."""
         return self.container is not None and self.bitmap.inconsistent is None
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether it has ceased to record, whatever is saved; it survives the daemon.
+
+        What the state says comes later, and meanwhile writes are missing already.
+        """
+        return bool(self.live.counters[_STOPPED])
+
+    @has_stopped.setter
+    def has_stopped(self, value: bool) -> None:
+        self.live.counters[_STOPPED] = value
 
     def lose(self, reason: str | None) -> None:
         """Say that writes may be missing, or not any more; it survives the daemon."""
@@ -117,12 +132,16 @@ class DiskBitmaps:
         self._place = Path("disks", record.name, "bitmaps")
         self._containers = containers
         self._open: dict[str, OpenContainer] = {}
+        # Those that are being removed; that may come to nothing.
+        self._leaving: list[HeldBitmap] = []
         self._timeout = timeout
         self._save_state = save_state
         self._lost = lost
         # What removes files, once the state that does without them is saved.
         self.garbage: list[Callable[[], None]] = []
         self._log: ActivityLog | None = None
+        # What a command that was cut short may have taken out of containers only.
+        self._cut_short: list[HeldBitmap] = []
         self._saving = threading.Lock()
         self._voiding = threading.Lock()
 
@@ -134,25 +153,32 @@ class DiskBitmaps:
         """Take over the bitmaps of the daemon before; what can not be used says so.
 
         `jobs` are the keys of those that go on; `changed` is why writes to the disk may
-        have been missed, or None. The disk is not served yet. Raises OSError if a
-        container can not be marked as in use.
+        have been missed, or None. The disk is not served yet: before it is,
+        `mark_in_use` has to be called.
         """
+        # Without a container it was to be added only.
+        self._record.bitmaps = [
+            b for b in self._record.bitmaps if b.container or not b.persistent
+        ]
         if end is End.PROCESS_CRASHED:
             for record in self._record.bitmaps:
-                self._load_live(record, jobs)
+                self._load_live(record, jobs, changed)
             if self._open:
                 self._go_on()
         else:
             self._record.bitmaps = [b for b in self._record.bitmaps if b.persistent]
             self._load_saved(end, changed, autoload=autoload)
-            self._mark_in_use()
             if any(each.is_stored for each in list(self.held.values())):
                 self.provide_log()
         reached("bitmaps.loaded")
         self.update_recorder()
 
-    def _load_live(self, record: BitmapRecord, jobs: Collection[str]) -> None:
+    def _load_live(
+        self, record: BitmapRecord, jobs: Collection[str], changed: str | None
+    ) -> None:
         reason, live, frozen = record.inconsistent, None, None
+        if record.recording:
+            reason = reason or changed
         try:
             live = self._open_bits(record.number, record.granularity)
             if record.frozen is not None:
@@ -166,6 +192,12 @@ class DiskBitmaps:
             held.frozen, held.bitmap.frozen = frozen, frozen.bits
             if record.job not in jobs:
                 self.thaw(held, is_copied=False)
+        if held.has_stopped:
+            held.bitmap.recording = False
+            # What is to outlive the host has to be saved first, see `_go_on`.
+            record.recording = record.recording and record.persistent
+        if frozen is not None or record.recording != held.bitmap.recording:
+            self._cut_short.append(held)
         if record.persistent:
             self._attach(held)
 
@@ -174,7 +206,7 @@ class DiskBitmaps:
         try:
             container = self.container(held.record.container)
         except OSError as e:
-            held.lose(describe(e))
+            held.lose(self._unusable(held.record.container, e))
             return
         held.container = container
         container.claimed.add(held.record.name)
@@ -184,6 +216,7 @@ class DiskBitmaps:
         known = {(b.container, b.name): b for b in self._record.bitmaps}
         self._record.bitmaps = []
         places = {place for place, _ in known}
+        taken = {name for _, name in known}
         default = self._place_of(None)
         if (self._state / default).exists():
             places.add(default)
@@ -195,15 +228,17 @@ class DiskBitmaps:
                 # Nothing has been written yet: whoever mounts can see to it.
                 raise
             except OSError as e:
-                reason = describe(e)
-                if place == default and isinstance(e, NotUsable):
-                    reason += self._set_aside()
+                reason = self._unusable(place, e)
                 for record in mine.values():
                     self._lose_unread(record, reason)
                 continue
             if place == default and end is not End.CLEAN:
                 self._remove_strays(container, mine)
             names = list(container.entries) if place == default else list(mine)
+            # Of the same name as one elsewhere: there it is used, and not here.
+            hidden = [n for n in names if n in taken and n not in mine]
+            names = [n for n in names if n not in hidden]
+            self._leave(container, hidden, "another one of that name is used")
             if container.was_void:
                 for record in mine.values():
                     self._lose_unread(record, _VOID)
@@ -212,7 +247,7 @@ class DiskBitmaps:
                 for name in dict.fromkeys([*mine, *names]):
                     self._load_entry(saved, name, mine.get(name))
             else:
-                self._leave(container, names)
+                self._leave(container, names, "mounted with --bitmaps no")
         self._release_unused()
 
     @staticmethod
@@ -240,12 +275,14 @@ class DiskBitmaps:
         reason = self._log.void_reason
         return (None, reason) if reason is not None else (self._log.areas, None)
 
-    def _set_aside(self) -> str:
-        """Make way for a new container, and say so."""
-        path = self._state / self._place_of(None)
+    def _unusable(self, place: str, error: OSError) -> str:
+        """Return why a container is not used; make way for a new one if it is ours."""
+        if place != self._place_of(None) or not isinstance(error, NotUsable):
+            return describe(error)
+        path = self._state / place
         aside = path.with_name(path.name + ".unusable")
         path.rename(aside)
-        return f"; it is {aside.name} now"
+        return f"{describe(error)}; it is {aside.name} now"
 
     def _lose_unread(self, record: BitmapRecord, reason: str) -> None:
         """Keep the name of a bitmap that can not be read, until it is removed."""
@@ -255,16 +292,16 @@ class DiskBitmaps:
         self._record.bitmaps.append(record)
         self._hold(record, self.create_bits(record), reason)
 
-    def _leave(self, container: OpenContainer, names: Iterable[str]) -> None:
+    def _leave(
+        self, container: OpenContainer, names: Iterable[str], reason: str
+    ) -> None:
         """Say that bitmaps which should record what is written now will not."""
         entries = container.entries
         missing = [n for n in names if n in entries and entries[n].is_auto]
         container.mark_in_use(n for n in missing if not entries[n].is_in_use)
         for name in missing:
             log.warning(
-                "bitmap %s of %s is inconsistent: mounted with --bitmaps no",
-                name,
-                self.disk.name,
+                "bitmap %s of %s is inconsistent: %s", name, self.disk.name, reason
             )
 
     def _load_entry(
@@ -301,7 +338,7 @@ class DiskBitmaps:
         live = self.create_bits(record)
         try:
             bits = container.bits(name) if reason is None else None
-        except NotUsable as e:
+        except OSError as e:
             reason, bits = describe(e), None
         held = self._hold(record, live, reason)
         self._record.bitmaps.append(record)
@@ -317,24 +354,32 @@ class DiskBitmaps:
             held.bitmap.add(saved.areas, AREA_SIZE)
 
     def _go_on(self) -> None:
-        """Do as `_mark_in_use`, for users who are there already and come first."""
+        """Do as `mark_in_use`, for users who are there already and come first."""
         try:
             default = self._open.get(self._place_of(None))
             if default is not None:
                 self._remove_strays(default, self.held)
-            self._mark_in_use()
+            self.mark_in_use()
             if self._log is None:
                 with contextlib.suppress(FileNotFoundError, NotUsable):
                     self._log = self._open_log()
-            if not self._has_log:
-                # What was in it is in the containers first.
+            if not self._has_log or self._cut_short:
+                # What was in it is in the containers first; so is what only the bits in
+                # use have, since a command was cut short.
                 self._update_containers(is_in_use=True)
             self.provide_log()
+            for each in self._cut_short:
+                each.record.recording = each.bitmap.recording
+            self._cut_short = []
         except OSError as e:
             self._lose_recording(f"can not be protected: {describe(e)}")
 
-    def _mark_in_use(self) -> None:
-        """Say in containers that from now on writes are recorded here only."""
+    def mark_in_use(self) -> None:
+        """Say in containers that from now on writes are recorded here only.
+
+        The state has to say so first: what it takes for a clean end must not leave
+        a bitmap in use. OSError if it can not be said.
+        """
         for container in self._open.values():
             with container.lock:
                 entries = container.entries
@@ -407,20 +452,33 @@ class DiskBitmaps:
             reached("bitmaps.settled")
 
     def _update_containers(self, *, is_in_use: bool) -> None:
-        for container in self._open.values():
-            with container.lock:
+        error = None
+        for container in list(self._open.values()):
+            try:
+                self._update_container(container, is_in_use=is_in_use)
+            except OSError as e:
+                # The others have nothing to do with it.
+                error = error or e
+        if error is not None:
+            raise error
+
+    def _update_container(self, container: OpenContainer, *, is_in_use: bool) -> None:
+        with container.lock:
+            stored = [
+                each
+                for each in [*self.held.values(), *self._leaving]
+                if each.container is container and each.is_stored
+            ]
+            try:
                 bitmaps = [
-                    _as_stored(each, container, is_in_use=is_in_use)
-                    for each in list(self.held.values())
-                    if each.container is container and each.is_stored
+                    _as_stored(each, container, is_in_use=is_in_use) for each in stored
                 ]
-                try:
-                    if bitmaps:
-                        container.update(bitmaps)
-                except BaseException:
-                    for each in list(self.held.values()):
-                        each.bitmap.keep_unsaved()
-                    raise
+                if bitmaps:
+                    container.update(bitmaps)
+            except BaseException:
+                for each in stored:
+                    each.bitmap.keep_unsaved()
+                raise
 
     # -- what the inventory's steps are made of
 
@@ -470,10 +528,22 @@ class DiskBitmaps:
             held.lose(reason)
         return held
 
+    def let_go(self, held: HeldBitmap) -> None:
+        """Have a bitmap no more, but see to it until it is `gone`, or restored."""
+        self._leaving.append(held)
+        self.forget(held)
+
     def restore(self, held: HeldBitmap) -> None:
-        """Have one again that was forgotten."""
+        """Have one again that was let go."""
         self.held[held.record.name] = held
         self._record.bitmaps.append(held.record)
+        self._leaving.remove(held)
+
+    def gone(self, held: HeldBitmap) -> None:
+        """Remove the bits of one that was let go, and what its container has of it."""
+        self._leaving.remove(held)
+        self.garbage.append(held.live.drop)
+        self.unstore(held)
 
     def forget(self, held: HeldBitmap) -> None:
         """Have a bitmap no more; its files are still there."""
@@ -565,6 +635,14 @@ class DiskBitmaps:
                 container.update(remove=[held.record.name])
         self._release_unused()
 
+    def settle_past(self) -> None:
+        """Make durable what the guest wrote before a bitmap began, after it has.
+
+        What a guest has not flushed, a crash of the host may undo. That changes the
+        disk as a write does: a bitmap which no longer has that write would lack it.
+        """
+        self.disk.flush()
+
     def save_if_stored(self, held: HeldBitmap) -> None:
         """Save now what was asked for, if it is to last."""
         if held.is_stored:
@@ -578,17 +656,20 @@ class DiskBitmaps:
         try:
             with container.lock:
                 entries = container.entries
-                for name in names or entries:
-                    self._check_attachable(container, name)
-                    if entries[name].is_foreign and not names:
+                for name in names or list(entries):
+                    is_free = name not in container.claimed
+                    if not names and (entries[name].is_foreign or not is_free):
                         continue
+                    self._check_attachable(container, name)
                     self._load_entry(Saved(container, place), name, None)
                     attached.append(name)
                 if not attached:
                     raise NotUsable(f"container {path}: has no bitmap to attach")
+                self.provide_log()
+                # First: after a crash they are ours, and not just left in use.
+                self._save_state()
                 to_mark = [n for n in attached if not entries[n].is_in_use]
                 container.mark_in_use(to_mark)
-            self.provide_log()
         except BaseException:
             self.detach(attached)
             raise
@@ -599,9 +680,24 @@ class DiskBitmaps:
             raise NotFound(f"Dirty bitmap '{name}' not found in {container.path}")
         if name in self.held or name in container.claimed:
             raise NameTaken(f"Bitmap already exists: {name}")
+        if container.entries[name].is_foreign:
+            raise NotUsable(
+                f"container {container.path}: bitmap {name!r} is of a kind that "
+                "fleecefs does not know"
+            )
 
-    def detach(self, names: Iterable[str]) -> None:
-        """Let go of bitmaps, and leave them in their container."""
+    def detach(self, names: Collection[str]) -> None:
+        """Let go of bitmaps, and leave them in their container as they are now."""
+        for container in self._open.values():
+            with container.lock, contextlib.suppress(OSError):
+                left = [
+                    _as_stored(self.held[name], container, is_in_use=False)
+                    for name in names
+                    if self.held[name].container is container
+                    and self.held[name].is_stored
+                ]
+                if left:
+                    container.update(left)
         for name in names:
             held = self.held[name]
             self.forget(held)
@@ -613,7 +709,8 @@ class DiskBitmaps:
 
     def _release_unused(self) -> None:
         """Close containers that have none of our bitmaps any more."""
-        used = [each.container for each in list(self.held.values())]
+        held = [*self.held.values(), *self._leaving]
+        used = [each.container for each in held]
         for place, container in list(self._open.items()):
             if container not in used:
                 del self._open[place]
@@ -623,14 +720,18 @@ class DiskBitmaps:
         """Have an activity log that works, durably, before a bitmap relies on it."""
         if self._has_log:
             return
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if any(e.bitmap.inconsistent is not None for e in list(self.held.values())):
+        # Who makes the log void has then said so in the records, too.
+        with self._voiding:
+            held = list(self.held.values())
+        if any(each.bitmap.inconsistent is not None for each in held):
             # What the log before has said, or would have, only the state says now.
             self._save_state()
         make_directory(self._log_path.parent)
+        # Not closed before: a guest may be about to write to it.
+        before = self._log
         self._log = ActivityLog.create(self._log_path, self.disk.id, self.disk.size)
+        if before is not None:
+            before.close()
 
     def update_recorder(self) -> None:
         """Let writes be recorded in what there is now; the disk is drained."""
@@ -672,10 +773,10 @@ class DiskBitmaps:
                 return
             reason = f"its activity log failed: {describe(error)}"
             activity.mark_void(reason, time.monotonic() + _VOID_SECONDS)
-        self._lose_recording(reason)
+            self._lose_recording(reason)
 
     def _lose_recording(self, reason: str) -> None:
-        for each in list(self.held.values()):
+        for each in [*self.held.values(), *self._leaving]:
             if each.is_stored and each.bitmap.recording:
                 each.lose(reason)
                 log.error(

@@ -77,6 +77,11 @@ class MountBitmaps:
         self._disks[record.name] = bitmaps
         bitmaps.load(end, jobs, changed=changed, autoload=autoload)
 
+    def mark_in_use(self) -> None:
+        """Say in containers that they are in use; OSError if that can not be said."""
+        for bitmaps in self._disks.values():
+            bitmaps.mark_in_use()
+
     def save_from_now_on(self) -> None:
         """Save in the background, as soon as there is something that is persistent."""
         if self._saver.ident is None and any(

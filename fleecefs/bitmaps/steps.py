@@ -28,6 +28,9 @@ from fleecefs.units import format_size
 
 _NAME_LENGTH_MAX = 1023
 
+# Why a bitmap is inconsistent whose bits were to come from elsewhere.
+CUT_SHORT = "the command that was to make it was cut short"
+
 FindDisk = Callable[[str], DiskBitmaps]
 
 
@@ -89,10 +92,11 @@ def check_bitmap_name(name: str) -> None:
     """Raise BadName unless a bitmap can be called so, in a qcow2 file too."""
     if not name:
         raise BadName("Bitmap name cannot be empty")
-    if len(name.encode()) > _NAME_LENGTH_MAX:
-        raise BadName(f"Bitmap name is longer than {_NAME_LENGTH_MAX} bytes")
+    # First: what can not be printed may have no bytes.
     if not name.isprintable():
         raise BadName(f"Bitmap name {name!r} can not be printed")
+    if len(name.encode()) > _NAME_LENGTH_MAX:
+        raise BadName(f"Bitmap name is longer than {_NAME_LENGTH_MAX} bytes")
 
 
 def check_granularity(granularity: int, size: int) -> None:
@@ -157,7 +161,8 @@ class Add:
         self._bitmaps.update_recorder()
 
     def finish(self) -> None:
-        pass
+        if self._record.recording and self._record.persistent:
+            self._bitmaps.settle_past()
 
     def undo(self) -> None:
         self._bitmaps.forget(self._held)
@@ -181,7 +186,7 @@ class Remove:
     def prepare(self, find: FindDisk) -> None:
         self._bitmaps = find(self._disk)
         self._held = find_free(self._bitmaps, self._name)
-        self._bitmaps.forget(self._held)
+        self._bitmaps.let_go(self._held)
         self._was_recording = self._held.bitmap.recording
 
     def apply(self) -> None:
@@ -189,8 +194,7 @@ class Remove:
         self._bitmaps.update_recorder()
 
     def finish(self) -> None:
-        self._bitmaps.garbage.append(self._held.live.drop)
-        self._bitmaps.unstore(self._held)
+        self._bitmaps.gone(self._held)
 
     def undo(self) -> None:
         self._bitmaps.restore(self._held)
@@ -203,6 +207,7 @@ class Remove:
 def _record_again(bitmaps: DiskBitmaps, held: HeldBitmap, was_recording: bool) -> None:
     """Let a bitmap be as it was, after it may have missed writes."""
     if was_recording and not held.bitmap.recording:
+        held.has_stopped = False
         held.bitmap.recording = True
         held.bitmap.set(0, bitmaps.disk.size)
     bitmaps.update_recorder()
@@ -228,6 +233,7 @@ class Swap:
 
     def apply(self) -> None:
         held, live = self._held, self._live
+        live.counters[:] = held.live.counters
         held.bitmap.frozen = None
         held.bitmap.freeze(live.bits)
         held.frozen, held.live = held.live, live
@@ -322,10 +328,17 @@ class Clear:
         if self._was is not None:
             bitmap.inconsistent = None
             bitmap.recording = True
+            self._held.has_stopped = False
         self._swap.apply()
 
     def finish(self) -> None:
         record, bitmap = self._held.record, self._held.bitmap
+        try:
+            if record.persistent:
+                self._bitmaps.settle_past()
+        except OSError:
+            self.undo()
+            raise
         self._bitmaps.thaw(self._held, is_copied=True)
         record.inconsistent, record.recording = None, bitmap.recording
         self._bitmaps.save_if_stored(self._held)
@@ -349,11 +362,13 @@ class Fill:
         self._bitmaps = bitmaps = find(self._disk)
         self._held = held = find_free(bitmaps, self._name)
         self._was = held.bitmap.inconsistent
+        self._was_recording = held.bitmap.recording
         held.bitmap.set(0, bitmaps.disk.size)
         if held.record.persistent:
             bitmaps.store_again(held)
         # So that a later step finds it right.
         held.lose(None)
+        held.has_stopped = False
         held.record.recording = held.bitmap.recording = True
 
     def apply(self) -> None:
@@ -364,6 +379,7 @@ class Fill:
 
     def undo(self) -> None:
         self._held.lose(self._was)
+        self._held.bitmap.recording = self._held.record.recording = self._was_recording
         self._bitmaps.update_recorder()
 
     def concerned(self) -> Sequence[DiskBitmaps]:
@@ -398,19 +414,24 @@ class Enable:
 
     def prepare(self, find: FindDisk) -> None:
         self._bitmaps = find(self._disk)
-        self._held = find_good(self._bitmaps, self._name)
-        self._before = self._held.record.recording
-        self._held.record.recording = True
+        self._held = held = find_good(self._bitmaps, self._name)
+        self._before = held.record.recording, held.bitmap.recording
+        if held.is_stored:
+            self._bitmaps.provide_log()
+        held.record.recording = True
 
     def apply(self) -> None:
+        self._held.has_stopped = False
         self._held.bitmap.recording = True
         self._bitmaps.update_recorder()
 
     def finish(self) -> None:
+        if self._held.is_stored:
+            self._bitmaps.settle_past()
         self._bitmaps.save_if_stored(self._held)
 
     def undo(self) -> None:
-        self._held.record.recording = self._held.bitmap.recording = self._before
+        self._held.record.recording, self._held.bitmap.recording = self._before
         self._bitmaps.update_recorder()
 
     def concerned(self) -> Sequence[DiskBitmaps]:
@@ -430,6 +451,7 @@ class Disable:
         self._before = self._held.bitmap.recording
 
     def apply(self) -> None:
+        self._held.has_stopped = True
         self._held.bitmap.recording = False
         self._bitmaps.update_recorder()
 
@@ -437,7 +459,8 @@ class Disable:
         # In this order: after a crash of the host, only one that was recording is taken
         # to be dirty where the log says so.
         self._bitmaps.save_if_stored(self._held)
-        self._held.record.recording = False
+        # A later step may have enabled it again.
+        self._held.record.recording = self._held.bitmap.recording
 
     def undo(self) -> None:
         _record_again(self._bitmaps, self._held, self._before)
@@ -508,6 +531,9 @@ class Copy:
             recording=False,
         )
         add.prepare(find)
+        # Until it has what it is to have: a copy that was cut short is none.
+        self._held = find(self._disk).held[self._target]
+        self._held.record.inconsistent = CUT_SHORT
         merge = Merge(self._disk, self._target, [(self._disk, self._name)])
         merge.prepare(find)
         self._steps = [add, merge]
@@ -519,6 +545,7 @@ class Copy:
     def finish(self) -> None:
         for step in self._steps:
             step.finish()
+        self._held.record.inconsistent = None
 
     def undo(self) -> None:
         for step in reversed(self._steps):
@@ -571,6 +598,8 @@ class Set:
         if self._persistent is False and record.persistent:
             self._bitmaps.unstore(self._held)
             record.persistent = False
+        if self._is_stored_now:
+            self._bitmaps.settle_past()
         self._bitmaps.save_if_stored(self._held)
         if self._is_stored_now:
             record.persistent = True

@@ -18,7 +18,7 @@ from bitarray import bitarray
 
 from fleecefs.bitmaps.containers import read_container
 from fleecefs.bitmaps.disk import DiskBitmaps
-from fleecefs.bitmaps.steps import Add, FindDisk, find_good
+from fleecefs.bitmaps.steps import CUT_SHORT, Add, FindDisk, find_good
 from fleecefs.block.bitmap import sync_directory
 from fleecefs.block.disk import Disk, drained
 from fleecefs.block.extent import clip
@@ -128,20 +128,24 @@ class Import:
         disk = self._bitmaps.disk
         contents, file, fd = read_container(self._path)
         try:
-            # What is written from here on would be missing: see `apply`.
-            self._writes = disk.writes
-            self._check(contents, disk)
+            identity = self._check(contents, disk)
             self.names = list(self._find_names(contents))
             try:
                 for name in self.names:
                     self._prepare(find, name, contents, contents.bits(file, name))
+                # They record before anybody looks what the disk holds: what is
+                # written meanwhile is not missing.
+                with drained([disk]):
+                    for step in self._steps:
+                        step.apply()
+                self._check_content(identity, disk)
             except BaseException:
                 self.undo()
                 raise
         finally:
             os.close(fd)
 
-    def _check(self, contents: Contents, disk: Disk) -> None:
+    def _check(self, contents: Contents, disk: Disk) -> Identity:
         if contents.size != -(-disk.size // SECTOR) * SECTOR:
             raise NotUsable(
                 f"{self._path}: is of a disk of {contents.size} bytes, and "
@@ -158,6 +162,9 @@ class Import:
                 f"{self._path}: is of disk {self._others[identity.disk]!r}, not of "
                 f"{disk.name!r}"
             )
+        return identity
+
+    def _check_content(self, identity: Identity, disk: Disk) -> None:
         if identity.fingerprint != fingerprint(disk):
             raise NotUsable(
                 f"{self._path}: disk {disk.name!r} is another one, or it was written "
@@ -190,16 +197,12 @@ class Import:
         )
         step.prepare(find)
         self._steps.append(step)
+        # Until it is known to be of this disk.
+        self._bitmaps.held[name].record.inconsistent = CUT_SHORT
 
     def apply(self) -> None:
-        is_late = self._bitmaps.disk.writes != self._writes
-        for step in self._steps:
-            step.apply()
-        if is_late:
-            for name in self.names:
-                held = self._bitmaps.held[name]
-                held.lose("the disk was written to while it was imported")
-            self._bitmaps.update_recorder()
+        for name in self.names:
+            self._bitmaps.held[name].record.inconsistent = None
 
     def finish(self) -> None:
         pass

@@ -78,8 +78,8 @@ class DirtyBitmap:
     @property
     def count(self) -> int:
         """The dirty bytes, in whole bits; of a busy one, what its job is about."""
-        bits = self.bits if self.frozen is None else self.frozen
-        return bits.count() * self.granularity
+        frozen = self.frozen
+        return (self.bits if frozen is None else frozen).count() * self.granularity
 
     def set(self, offset: int, end: int) -> None:
         """Say that [offset, end) is dirty."""
@@ -91,7 +91,8 @@ class DirtyBitmap:
 
     def add(self, bits: bitarray, granularity: int) -> None:
         """Say that what other bits have is dirty, too; rounded outward."""
-        if granularity == self.granularity:
+        # Bits in use are padded, those from elsewhere are not.
+        if granularity == self.granularity and len(bits) == len(self.bits):
             self.bits |= bits
         else:
             for first, stop in scaled(bits, granularity, self.granularity):
@@ -145,19 +146,23 @@ class DirtyBitmap:
     def to_save(self) -> bitarray:
         """Return a copy of all that is dirty, as if a job that uses it had failed."""
         with self._swapping:
-            bits = self.bits[: self.bit_count]
-            if self.frozen is not None:
-                bits |= self.frozen[: self.bit_count]
+            # Once: it is forgotten without the lock.
+            bits, frozen = self.bits[: self.bit_count], self.frozen
+            if frozen is not None:
+                bits |= frozen[: self.bit_count]
         return bits
 
 
 def _set(marks: list[Mark], first: int, last: int) -> None:
-    """Set bits [first, last], and after them their units: see `take_unsaved`."""
+    """Set bits [first, last], and after them their units: see `take_unsaved`.
+
+    Units also of bits that are set: whoever has set them may not have come to that.
+    """
     if first == last:
+        unit = first >> _UNIT_SHIFT
         for bits, unsaved in marks:
-            if not bits[first]:
-                bits[first] = 1
-                unsaved[first >> _UNIT_SHIFT] = 1
+            bits[first] = 1
+            unsaved[unit] = 1
         return
     for bits, unsaved in marks:
         bits[first : last + 1] = 1

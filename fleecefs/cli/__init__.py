@@ -9,6 +9,7 @@ import click
 
 from fleecefs import __version__
 from fleecefs.cli.backup import backup
+from fleecefs.cli.bitmap import bitmap
 from fleecefs.cli.check import check
 from fleecefs.cli.completion import completion
 from fleecefs.cli.edge import Program
@@ -21,6 +22,7 @@ from fleecefs.cli.restart import restart
 from fleecefs.cli.snapshot import snapshot
 from fleecefs.cli.status import status
 from fleecefs.cli.umount import umount
+from fleecefs.cli.verify import verify
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,7 +44,7 @@ def main() -> None:
 
     \b
     Exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 no such daemon,
-    disk, snapshot or job, 4 the job ended with an error, 130 interrupted.
+    disk, snapshot, bitmap or job, 4 the job ended with an error, 130 interrupted.
     """
 
 
@@ -55,6 +57,8 @@ for command in (
     map_file,
     snapshot,
     backup,
+    bitmap,
+    verify,
     job,
     check,
     completion,

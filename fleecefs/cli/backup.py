@@ -1,6 +1,8 @@
 """fleecefs backup: start a job, and follow it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import click
@@ -9,6 +11,7 @@ from fleecefs.cli import follow
 from fleecefs.cli.daemons import connect
 from fleecefs.cli.options import (
     absolute,
+    complete_bitmaps,
     complete_disks,
     complete_paths,
     mount_option,
@@ -19,8 +22,9 @@ from fleecefs.cli.text import printable
 
 if TYPE_CHECKING:
     from fleecefs.control.client import Client
-    from fleecefs.control.results import Status
+    from fleecefs.control.results import DirtyBitmap, Status
 
+_FORMAT = click.Choice(["raw", "qcow2"])
 _ON_ERROR = click.Choice(["report", "ignore", "stop", "enospc", "auto"])
 
 
@@ -36,11 +40,41 @@ _ON_ERROR = click.Choice(["report", "ignore", "stop", "enospc", "auto"])
 )
 @click.option(
     "--sync",
-    type=click.Choice(["full", "top", "none"]),
+    type=click.Choice(["full", "top", "none", "incremental", "bitmap"]),
     default="full",
     show_default=True,
-    help="Copy all, what is allocated in the source, or only what the guest"
-    " overwrites from now on (until cancelled).",
+    help="Copy all, what is allocated in the source, what the guest overwrites from"
+    " now on (none, until cancelled), or what is dirty in --bitmap.",
+)
+@click.option(
+    "--bitmap",
+    metavar="NAME",
+    shell_complete=complete_bitmaps,
+    help="A dirty bitmap of DISK, which starts over at this instant.",
+)
+@click.option(
+    "--bitmap-mode",
+    type=click.Choice(["on-success", "never", "always"]),
+    help="Let it start over if the job succeeds, never, or also for the part that is"
+    " copied if it fails.  [default: on-success]",
+)
+@click.option(
+    "--fallback",
+    type=click.Choice(["full"]),
+    help="If the bitmap can not be used, copy all, and start it over.",
+)
+@click.option("--format", type=_FORMAT, help="What TARGET is to be.  [default: raw]")
+@click.option(
+    "--backing",
+    metavar="PREVIOUS",
+    callback=absolute,
+    shell_complete=complete_paths,
+    help="With --format qcow2: the backup before, which TARGET adds to.",
+)
+@click.option(
+    "--backing-format",
+    type=_FORMAT,
+    help="What PREVIOUS is, if that is not certain.",
 )
 @click.option(
     "--speed",
@@ -104,6 +138,12 @@ _ON_ERROR = click.Choice(["report", "ignore", "stop", "enospc", "auto"])
 def backup(
     directory: str | None,
     sync: str,
+    bitmap: str | None,
+    bitmap_mode: str | None,
+    fallback: str | None,
+    format: str | None,
+    backing: str | None,
+    backing_format: str | None,
     speed: int | None,
     on_source_error: str | None,
     on_target_error: str | None,
@@ -121,8 +161,8 @@ def backup(
     """Copy DISK, as it is at this instant, to TARGET, while it is in use.
 
     TARGET is a raw file, which is made if it is not there, or a block device of at
-    least that size. What it held is overwritten. However slow it is, writes of the
-    guest do not wait for it.
+    least that size. What it held is overwritten. With --format qcow2 it is a new file.
+    However slow it is, writes of the guest do not wait for it.
 
     The command follows the job to its end. Ctrl-C leaves the job running; with
     'fleecefs job' it can be watched, paused or cancelled.
@@ -131,10 +171,19 @@ def backup(
     Example:
       fleecefs backup web.raw /backup/web.raw --speed 200MiB
       fleecefs backup --all /backup/tonight
+      fleecefs backup web.raw /backup/web.raw --bitmap daily --sync incremental
     """
+    if bitmap is not None and bitmap_mode is None and sync != "incremental":
+        bitmap_mode = "on-success"
     options: dict[str, object] = {
         "job-id": job_id,
         "sync": sync,
+        "bitmap": bitmap,
+        "bitmap-mode": bitmap_mode,
+        "fallback": fallback,
+        "format": format,
+        "backing": backing,
+        "backing-format": backing_format,
         "speed": speed,
         "on-source-error": on_source_error,
         "on-target-error": on_target_error,
@@ -146,13 +195,12 @@ def backup(
     }
     options = {name: value for name, value in options.items() if value is not None}
     if directory is not None:
-        if disk is not None or job_id is not None:
-            raise click.UsageError("--all takes no DISK, TARGET or --job-id")
+        if disk is not None or job_id is not None or backing is not None:
+            raise click.UsageError("--all takes no DISK, TARGET, --job-id or --backing")
         ids = _start_all(directory, options)
     elif disk is not None and target is not None:
         ids = [job_id or disk]
-        with connect() as client:
-            client.execute("blockdev-backup", device=disk, target=target, **options)
+        _start(disk, target, options)
     else:
         raise click.UsageError("give DISK and TARGET, or --all DIR")
     if detach:
@@ -165,24 +213,72 @@ def backup(
     follow.conclude(jobs, as_json)
 
 
+def _start(disk: str, target: str, options: dict[str, object]) -> None:
+    """Start a backup of one disk."""
+    with connect() as client:
+        _note_new([target], options)
+        with _hinting(client, [disk], options):
+            client.execute("blockdev-backup", device=disk, target=target, **options)
+
+
 def _start_all(directory: str, options: dict[str, object]) -> list[str]:
     """Start a backup of every disk, of one instant; return the ids of the jobs."""
+    suffix = ".qcow2" if options.get("format") == "qcow2" else ""
     with connect() as client:
         disks = _disks(client)
+        targets = [os.path.join(directory, disk + suffix) for disk in disks]
         actions = [
             {
                 "type": "blockdev-backup",
-                "data": {
-                    "device": disk,
-                    "target": os.path.join(directory, disk),
-                    **options,
-                },
+                "data": {"device": disk, "target": target, **options},
             }
-            for disk in disks
+            for disk, target in zip(disks, targets, strict=True)
         ]
         properties = {"completion-mode": "grouped"}
-        client.execute("transaction", actions=actions, properties=properties)
+        _note_new(targets, options)
+        with _hinting(client, disks, options):
+            client.execute("transaction", actions=actions, properties=properties)
     return disks
+
+
+def _note_new(targets: list[str], options: dict[str, object]) -> None:
+    """Say what an increment makes of a raw file that is not there yet."""
+    is_increment = options["sync"] in ("incremental", "bitmap") and "bitmap" in options
+    if not is_increment or options.get("format") == "qcow2" or "fallback" in options:
+        return
+    for target in targets:
+        if not os.path.exists(target):
+            text = (
+                f"note: {target} is new: it gets only what is dirty in"
+                f" '{options['bitmap']}', the rest of it is holes"
+            )
+            click.echo(printable(text), err=True)
+
+
+@contextlib.contextmanager
+def _hinting(
+    client: "Client", disks: list[str], options: dict[str, object]
+) -> Iterator[None]:
+    """Tell of --fallback if the daemon refuses a bitmap that can not be used."""
+    from fleecefs.control.client import CommandFailed
+
+    try:
+        yield
+    except CommandFailed as e:
+        name = options.get("bitmap")
+        if f"'{name}'" not in e.desc or "fallback" in options:
+            raise
+        # It may as well be busy: then a full backup is refused, too.
+        answer = client.execute("fleecefs-bitmap-list")
+        good = [
+            bitmap["disk"]
+            for bitmap in cast("list[DirtyBitmap]", answer)
+            if bitmap["name"] == name and not bitmap["inconsistent"]
+        ]
+        if set(disks) <= set(good):
+            raise
+        hint = "or make a full backup with --fallback full"
+        raise type(e)(e.error_class, f"{e.desc}; {hint}") from None
 
 
 def _disks(client: "Client") -> list[str]:

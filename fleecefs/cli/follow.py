@@ -103,7 +103,10 @@ def describe_end(job: "Job") -> str:
     took = f"{format_size(job['current'])} in {format_duration(job['elapsed'])}"
     speed = f"{format_size(int(job['current'] / elapsed))}/s"
     word = "ended" if job["cancelled"] else "completed"
-    return f"job {job['id']} {word}: {took}, {speed}; {describe_waits(job['cost'])}"
+    text = f"job {job['id']} {word}: {took}, {speed}; {describe_waits(job['cost'])}"
+    if job["fell-back"] is not None:
+        text += f"; a full backup, because {job['fell-back']}"
+    return text
 
 
 def describe_waits(cost: "Cost") -> str:
@@ -186,9 +189,18 @@ class Follower:
                 return
 
     def _ask(self, client: "Client") -> "list[Job]":
+        from fleecefs.control.client import NoSuchDevice
+
         for each in self._ids:
-            answer = client.execute("fleecefs-job-show", id=each)
-            self._known[each] = cast("Job", answer)
+            try:
+                answer = client.execute("fleecefs-job-show", id=each)
+            except NoSuchDevice:
+                if each not in self._known:
+                    raise
+                # Of a kind that no other daemon goes on with.
+                _lose(self._known[each], "cancelled, as its daemon has died")
+            else:
+                self._known[each] = cast("Job", answer)
         return list(self._known.values())
 
     def _wait_change(self, client: "Client", seconds: float) -> None:
@@ -226,11 +238,16 @@ class Follower:
     def _after_the_end(self) -> "list[Job]":
         """Return what became of jobs whose daemon has ended, and none came after it."""
         for job in self._known.values():
-            if not is_over(job):
-                job["status"] = "null"
-                job["cancelled"] = True
-                job["error"] = "cancelled, as the mount has ended"
+            _lose(job, "cancelled, as the mount has ended")
         return list(self._known.values())
+
+
+def _lose(job: "Job", reason: str) -> None:
+    """Say what became of a job of which no daemon knows any more."""
+    if not is_over(job):
+        job["status"] = "null"
+        job["cancelled"] = True
+        job["error"] = reason
 
 
 # -- showing

@@ -152,6 +152,8 @@ def _news(shown: "Job") -> Iterable[str]:
         yield f"job {shown['id']} is {follow.describe_pace(shown)}"
     if shown["status"] == "pending" and not shown["auto-finalize"]:
         yield follow.describe_end(shown)
+    if shown["fell-back"] is not None:
+        yield f"job {shown['id']} is a full backup, because {shown['fell-back']}"
     if shown["restarts"]:
         times = "once" if shown["restarts"] == 1 else f"{shown['restarts']} times"
         yield f"job {shown['id']} went on after a restart of the daemon, {times}"
@@ -161,10 +163,11 @@ def _print_details(shown: "Job") -> None:
     done = f"{format_size(shown['current'])} of {format_size(shown['total'])}"
     limit = f"{format_size(shown['speed'])}/s" if shown["speed"] else "none"
     lines = {
-        "job": f"{shown['id']}, {shown['type']}, sync {shown['sync']}",
+        "job": f"{shown['id']}, {_kind(shown)}",
         "status": shown["status"],
         "disk": shown["disk"],
         "target": shown["target"],
+        **_details_of_bitmap(shown),
         "started": format_time(shown["created"]),
         "elapsed": format_duration(shown["elapsed"]),
         "done": done,
@@ -179,3 +182,22 @@ def _print_details(shown: "Job") -> None:
         click.echo(f"{title:<9}{printable(text)}")
     for line in _news(shown):
         click.echo(printable(line))
+
+
+def _kind(shown: "Job") -> str:
+    return shown["type"] + (f", sync {shown['sync']}" if shown["sync"] else "")
+
+
+def _details_of_bitmap(shown: "Job") -> dict[str, str]:
+    """Return what only some backups have to do with."""
+    lines = {}
+    if shown["format"] != "raw":
+        lines["format"] = shown["format"]
+    if shown["backing"] is not None:
+        lines["backing"] = shown["backing"]
+    if shown["bitmap"] is not None:
+        lines["bitmap"] = shown["bitmap"]
+        if shown["sync"]:
+            # An increment has no other mode.
+            lines["bitmap"] += f", {shown['bitmap-mode'] or 'on-success'}"
+    return lines

@@ -14,7 +14,7 @@ from fleecefs.units import parse_size
 
 if TYPE_CHECKING:
     from fleecefs.control.client import Client
-    from fleecefs.control.results import Job, Snapshot, Status
+    from fleecefs.control.results import DirtyBitmap, Job, Snapshot, Status
 
 # A shell that waits for TAB waits for the daemon.
 COMPLETION_TIMEOUT = 1.0
@@ -55,6 +55,17 @@ def complete_jobs(
 ) -> list[str]:
     """Complete the ids of jobs."""
     return _beginning(incomplete, _asked(ctx, _job_ids))
+
+
+def complete_bitmaps(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete the names of the bitmaps of a disk, or of all as long as there is none.
+
+    A name that several disks have is there once.
+    """
+    disk: str | None = ctx.params.get("disk")
+    return _beginning(incomplete, _asked(ctx, lambda c: _bitmap_names(c, disk)))
 
 
 def complete_paths(
@@ -155,6 +166,12 @@ def _snapshot_names(client: "Client") -> list[str]:
 def _disk_names(client: "Client") -> list[str]:
     status = cast("Status", client.execute("fleecefs-status"))
     return [disk["name"] for disk in status["disks"]]
+
+
+def _bitmap_names(client: "Client", disk: str | None) -> list[str]:
+    answer = client.execute("fleecefs-bitmap-list", node=disk)
+    bitmaps = cast("list[DirtyBitmap]", answer)
+    return list(dict.fromkeys(bitmap["name"] for bitmap in bitmaps))
 
 
 def _job_ids(client: "Client") -> list[str]:

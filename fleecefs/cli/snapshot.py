@@ -37,14 +37,24 @@ def snapshot() -> None:
 
 @snapshot.command()
 @mount_option
+@click.option(
+    "--bitmap",
+    metavar="NAME",
+    help="Start a dirty bitmap of this name on each disk, at the same instant.",
+)
 @json_option
 @click.argument("name", metavar="NAME")
 @click.argument("disks", metavar="[DISK]...", nargs=-1, shell_complete=complete_disks)
-def create(as_json: bool, name: str, disks: tuple[str, ...]) -> None:
+def create(
+    bitmap: str | None, as_json: bool, name: str, disks: tuple[str, ...]
+) -> None:
     """Freeze all disks, or those given, at one instant."""
     with connect() as client:
         answer = client.execute(
-            "fleecefs-snapshot-create", name=name, disks=list(disks) or None
+            "fleecefs-snapshot-create",
+            name=name,
+            disks=list(disks) or None,
+            bitmap=bitmap,
         )
     if as_json:
         print_json(answer)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from fleecefs.cli.bitmap import describe_problem
 from fleecefs.cli.daemons import connect
 from fleecefs.cli.follow import describe_pace, is_over
 from fleecefs.cli.options import json_option, mount_option
@@ -28,6 +29,10 @@ def status(as_json: bool) -> None:
     _print_daemon(answer)
     click.echo()
     _print_disks(answer["disks"])
+    for bitmap in answer["bitmaps"]:
+        problem = describe_problem(bitmap)
+        if problem is not None:
+            click.echo(printable(problem))
     if answer["snapshots"]:
         click.echo()
         print_snapshots(answer["snapshots"])

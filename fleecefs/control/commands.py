@@ -30,6 +30,7 @@ from fleecefs.control.transactions import (
 )
 from fleecefs.errors import NotFound
 from fleecefs.inventory import Inventory
+from fleecefs.jobs.held import CheckPlace
 from fleecefs.jobs.registry import Jobs
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Lifecycle(NamedTuple):
     umount: Callable[[bool], Awaitable[None]]
     # Does not return: the next daemon takes over, and connections are lost.
     restart: Callable[[], Awaitable[None]]
+    # Blocking; raises NotUsable for a path that leads to the mount.
+    check_place: CheckPlace = lambda path: None
 
 
 class Commands:
@@ -80,7 +83,7 @@ class Commands:
                 },
             ),
             "fleecefs-umount": Command(self._umount, {"force": optional(BOOLEAN)}),
-            **JobCommands(inventory, jobs).table,
+            **JobCommands(inventory, jobs, lifecycle.check_place).table,
             **BitmapCommands(inventory).table,
         }
 

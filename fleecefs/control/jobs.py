@@ -4,7 +4,8 @@ QEMU's block-job-pause, -resume, -complete, -dismiss and -finalize are left out:
 deprecated them in favour of job-*.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from fleecefs.control.arguments import (
     BOOLEAN,
@@ -18,6 +19,7 @@ from fleecefs.control.arguments import (
     one_of,
     optional,
 )
+from fleecefs.control.bitmaps import absolute
 from fleecefs.control.qmp import Message
 from fleecefs.control.transactions import (
     BACKUP,
@@ -27,18 +29,34 @@ from fleecefs.control.transactions import (
 )
 from fleecefs.errors import Refused
 from fleecefs.inventory import Inventory
+from fleecefs.jobs.held import CheckPlace
 from fleecefs.jobs.job import Job
+from fleecefs.jobs.options import Format, VerifyOptions
 from fleecefs.jobs.registry import Jobs
+from fleecefs.jobs.verify import create_verify
 
 PROPERTIES = {"completion-mode": optional(one_of("individual", "grouped"))}
+
+VERIFY_ARGUMENTS = {
+    "job-id": optional(STRING),
+    "device": STRING,
+    "target": STRING,
+    "bitmap": optional(STRING),
+    "format": optional(one_of(*(format.value for format in Format))),
+    "speed": optional(INTEGER),
+    "auto-dismiss": optional(BOOLEAN),
+}
 
 
 class JobCommands:
     """The part of the table of commands that is about jobs."""
 
-    def __init__(self, inventory: Inventory, jobs: Jobs) -> None:
+    def __init__(
+        self, inventory: Inventory, jobs: Jobs, check_place: CheckPlace
+    ) -> None:
         self._inventory = inventory
         self._jobs = jobs
+        self._check_place = check_place
         of_job = {"id": STRING}
         table = {
             BACKUP: Command(self._backup, BACKUP_ARGUMENTS),
@@ -60,6 +78,7 @@ class JobCommands:
             "block-job-cancel": Command(
                 self._block_job_cancel, {"device": STRING, "force": optional(BOOLEAN)}
             ),
+            "fleecefs-verify": Command(self._verify, VERIFY_ARGUMENTS),
             "fleecefs-job-list": Command(self._list, {}),
             "fleecefs-job-show": Command(self._show, of_job),
         }
@@ -80,6 +99,15 @@ class JobCommands:
         await transact(
             self._inventory, self._jobs, actions, is_grouped=mode == "grouped"
         )
+        return {}
+
+    async def _verify(self, **arguments: object) -> Message:
+        options = verify_options(arguments)
+
+        def create() -> Sequence[Job]:
+            return [create_verify(self._inventory, options, self._check_place)]
+
+        await self._jobs.start([options.job_id], create)
         return {}
 
     async def _query_jobs(self) -> list[Message]:
@@ -122,3 +150,18 @@ class JobCommands:
             return {}
 
         return handler
+
+
+def verify_options(arguments: Message) -> VerifyOptions:
+    """Return what the arguments of a comparison say, once their types were checked."""
+    device, format = str(arguments["device"]), arguments.get("format")
+    return VerifyOptions(
+        device=device,
+        target=absolute("target", str(arguments["target"])),
+        # Beside a backup of the same disk.
+        job_id=str(arguments.get("job-id", f"verify-{device}")),
+        bitmap=cast("str | None", arguments.get("bitmap")),
+        format=None if format is None else Format(format),
+        speed=cast("int", arguments.get("speed", 0)),
+        auto_dismiss=bool(arguments.get("auto-dismiss", True)),
+    )

@@ -4,7 +4,7 @@ As on the wire: hyphens in the keys, sizes in bytes, times in seconds since 1970
 durations in seconds.
 """
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class SnapshotDisk(TypedDict):
@@ -84,6 +84,7 @@ Cost = TypedDict(
     },
 )
 
+
 class DirtyBitmap(TypedDict):
     """What is known of a dirty bitmap."""
 
@@ -132,16 +133,26 @@ Job = TypedDict(
         "elapsed": float,
         # How many daemons it has outlived.
         "restarts": int,
-        # From here on what a backup tells.
         "target": str,
-        "sync": str,
         "format": str,
+        # Of a backup.
+        "sync": str | None,
         "backing": str | None,
+        # What a backup has begun anew, or where a comparison expects differences.
         "bitmap": str | None,
         "bitmap-mode": str | None,
         # Why it is a full backup instead of an increment.
         "fell-back": str | None,
         "cost": Cost,
+        # From here on of a comparison. The bytes that differ outside the bitmap and
+        # within, and how many extents are outside; None until all is compared.
+        "differs": NotRequired[int | None],
+        "differs-dirty": NotRequired[int | None],
+        "extent-count": NotRequired[int | None],
+        # The first of those: offset and length.
+        "extents": NotRequired[list[list[int]]],
+        # The bytes that are dirty in the bitmap, in whole bits.
+        "dirty": NotRequired[int | None],
     },
 )
 
@@ -160,6 +171,7 @@ Status = TypedDict(
         "policy": Policy,
         "disks": list[Disk],
         "snapshots": list[Snapshot],
+        "bitmaps": list[DirtyBitmap],
         "store": StoreUse,
         "ram": RamUse,
         "jobs": list[Job],

@@ -31,7 +31,7 @@ from fleecefs.block.bitmap import replace_file, sync_directory
 from fleecefs.block.dirty import GRANULARITY, scaled
 from fleecefs.block.epoch import OnCbwError
 from fleecefs.block.snapshot import Snapshot
-from fleecefs.errors import NotFound, NotUsable, SnapshotLost, describe
+from fleecefs.errors import FlushFailed, NotFound, NotUsable, SnapshotLost, describe
 from fleecefs.inventory import Inventory, PrivateOptions, PrivateSnapshot
 from fleecefs.jobs.copy import Copier
 from fleecefs.jobs.held import (
@@ -153,11 +153,13 @@ class BackupJob(Job):
         # None once it has been let go of.
         self._private: PrivateSnapshot | None = private
         self._target = target
+        # Why there is none, for a job that goes on.
+        self.target_error: OSError | None = None
         self._cost = cost_of(private)
         # What there was to copy when it began.
         self._total = private.snapshot.size
-        # The daemon before has done all but to commit.
-        self._has_worked = False
+        # Some of what was written may be lost, and the kernel tells that only once.
+        self._has_failed_flush = False
 
     def restrict(self) -> None:
         """Copy only what is dirty in its bitmap; blocking."""
@@ -166,13 +168,21 @@ class BackupJob(Job):
         found = self._inventory.bitmaps.find_frozen(self._record.key)
         if not self.options.sync.is_of_bitmap or found is None:
             return
+        if private.snapshot.lost is not None:
+            return
         bitmap = found[1].bitmap
         assert bitmap.frozen is not None
         assert self._target is not None
         wanted = _wanted(
             bitmap.frozen, bitmap.granularity, private.snapshot, self._target.unit
         )
-        private.snapshot.restrict(wanted)
+        try:
+            private.snapshot.restrict(wanted)
+        except SnapshotLost:
+            raise
+        except OSError:
+            # Space that could not be given back comes back with the snapshot.
+            pass
         self._total = _bytes_left(private.snapshot)
 
     def count_progress(self) -> None:
@@ -189,21 +199,38 @@ class BackupJob(Job):
     # -- its life
 
     async def work(self) -> None:
-        if self._has_worked:
+        if self.is_committing:
+            # The daemon before has done all but to commit.
             return
         private, target = self._private, self._target
         assert private is not None
+        if self.target_error is not None:
+            raise self.target_error
         end_if_broken(self, private)
         assert target is not None
-        if self.options.sync is Sync.FULL and not self.restarts:
+        # With a bitmap what is there may count, if this fails: all that is clean in it.
+        has_bitmap = self.options.bitmap is not None
+        if self.options.sync is Sync.FULL and not has_bitmap and not self.restarts:
             await self._empty(target)
         await self._new_copier(private, target).run()
         check(private)
         reached("job.copied")
         # What a flush could not write is released already: there is no second try.
         with self.in_flight():
-            await in_thread(target.users, target.flush)
+            await self._flush(target)
         reached("job.flushed")
+
+    async def _flush(self, target: Target) -> None:
+        """Make the target durable; once that has failed, or was left, it never is."""
+        if self._has_failed_flush:
+            raise FlushFailed("an earlier flush of the target failed")
+        self._has_failed_flush = True
+        try:
+            await in_thread(target.users, target.flush)
+        except OSError:
+            self.save()
+            raise
+        self._has_failed_flush = False
 
     async def _empty(self, target: Target) -> None:
         while True:
@@ -237,38 +264,52 @@ class BackupJob(Job):
             return
         has_begun_anew = self.options.bitmap_mode is not BitmapMode.NEVER
         left = bitarray(endian="little") if has_begun_anew else None
-        await trio.to_thread.run_sync(
-            self._inventory.end_bitmap, self._record.key, left
-        )
+        await self._end_bitmap(left)
         reached("job.committed")
 
     async def abort(self) -> None:
-        private, target = self._private, self._target
-        if private is None or target is None:
+        private, target, options = self._private, self._target, self.options
+        assert private is not None
+        if options.sync is Sync.NONE:
+            if target is not None and self.is_cancelled and not private.snapshot.lost:
+                await self._copy_last(private, target)
             return
-        if self.options.bitmap_mode is BitmapMode.ALWAYS:
-            await self._keep_part(private, target)
-        elif self.options.sync is not Sync.NONE:
+        is_always = options.bitmap_mode is BitmapMode.ALWAYS
+        if is_always and await self._keep_part(private, target):
+            return
+        is_never = options.bitmap_mode is BitmapMode.NEVER
+        if (options.fell_back and not is_never) or (
+            is_always and not options.sync.is_of_bitmap
+        ):
+            # What was clean in it says nothing about this target.
+            await self._end_bitmap(_all_clusters(private.snapshot))
+        if target is not None:
             # A part of a backup is none: nobody shall take it for one.
             with trio.move_on_after(_CLOSE_SECONDS):
                 await in_thread(target.users, target.remove)
-        elif self.is_cancelled and private.snapshot.lost is None:
-            await self._copy_last(private, target)
 
-    async def _keep_part(self, private: PrivateSnapshot, target: Target) -> None:
+    async def _keep_part(self, private: PrivateSnapshot, target: Target | None) -> bool:
         """Let the next job copy the rest only, if what is copied is durable."""
+        if target is None or private.snapshot.epoch.denied is None:
+            # Out of reach, or nobody knows any more what was copied.
+            return False
         left = _clusters_left(private.snapshot)
+        reason = "the target does not answer"
         with trio.move_on_after(_LAST_SECONDS):
             try:
-                await in_thread(target.users, target.flush)
+                await self._flush(target)
             except OSError as e:
-                log.warning(
-                    "job %s: nothing counts as copied: %s", self.id, describe(e)
-                )
-            else:
-                await trio.to_thread.run_sync(
-                    self._inventory.end_bitmap, self._record.key, left
-                )
+                reason = describe(e)
+        if self._has_failed_flush:
+            log.warning("job %s: nothing counts as copied: %s", self.id, reason)
+            return False
+        await self._end_bitmap(left)
+        return True
+
+    async def _end_bitmap(self, left: bitarray | None) -> None:
+        await trio.to_thread.run_sync(
+            self._inventory.end_bitmap, self._record.key, left
+        )
 
     async def _copy_last(self, private: PrivateSnapshot, target: Target) -> None:
         """Bring to the target what is preserved by now, if it does not take long."""
@@ -320,6 +361,7 @@ class BackupJob(Job):
                 "io-status": self.io_status,
                 "total": self._total,
                 "committing": self.is_committing,
+                "flush-failed": self._has_failed_flush and self.error is not None,
             }
         )
 
@@ -349,7 +391,8 @@ class BackupJob(Job):
         self.limit.speed = int(now.get("speed", self.limit.speed))
         self.io_status = str(now.get("io-status", self.io_status))
         self._total = int(now.get("total", self._total))
-        self._has_worked = bool(now.get("committing"))
+        self.is_committing = bool(now.get("committing"))
+        self._has_failed_flush = bool(now.get("flush-failed"))
         self.count_progress()
         if now.get("error"):
             # It was about to end.
@@ -367,6 +410,14 @@ def _clusters_left(snapshot: Snapshot) -> bitarray:
     left = ~denied
     left[-(-snapshot.size // snapshot.cluster_size) :] = 0
     return left
+
+
+def _all_clusters(snapshot: Snapshot) -> bitarray:
+    """Return the bits of all clusters, as long as bits in use are."""
+    count = -(-snapshot.size // snapshot.cluster_size)
+    clusters = zeros(-(-count // 64) * 64, endian="little")
+    clusters[:count] = 1
+    return clusters
 
 
 def _bytes_left(snapshot: Snapshot) -> int:
@@ -493,7 +544,9 @@ def _fall_back(
 
 def _as_full(options: BackupOptions, reason: str) -> BackupOptions:
     """Return a full backup that takes the place of an increment."""
-    mode = BitmapMode.ON_SUCCESS
+    mode = options.bitmap_mode
+    if mode is not BitmapMode.NEVER:
+        mode = BitmapMode.ON_SUCCESS
     log.warning("backup of %s is a full one: %s", options.device, reason)
     return replace(
         options, sync=Sync.FULL, bitmap_mode=mode, backing=None, fell_back=reason
@@ -612,6 +665,9 @@ def _options(told: dict[str, Any]) -> BackupOptions:
 def resume_jobs(inventory: Inventory) -> list[list[BackupJob]]:
     """Return the jobs of the daemon before, in groups that end together; blocking."""
     groups: dict[tuple[str, ...], list[BackupJob]] = {}
+    for path in (inventory.state_path / "jobs").glob("*.json.new"):
+        # A crash has cut it short.
+        path.unlink()
     for path in (inventory.state_path / "jobs").glob("*.json"):
         record = Record(inventory, path.stem)
         try:
@@ -628,6 +684,10 @@ def resume_jobs(inventory: Inventory) -> list[list[BackupJob]]:
         groups.setdefault(tuple(job.group), []).append(job)
     for jobs in groups.values():
         jobs.sort(key=lambda job: job.created)
+        # All are told so before the first commits: if one was not, none has.
+        is_committing = all(job.is_committing for job in jobs)
+        for job in jobs:
+            job.is_committing = is_committing
     return sorted(groups.values(), key=lambda jobs: jobs[0].created)
 
 
@@ -664,10 +724,13 @@ def _resume(inventory: Inventory, record: Record) -> BackupJob | None:
         return None
     job = BackupJob(inventory, private, target, options, record)
     job.created = float(told["created"])
+    job.target_error = error
+    if target is not None:
+        # It may have been killed before it was.
+        with contextlib.suppress(SnapshotLost):
+            job.restrict()
     job.go_on(record.now())
-    if error is not None:
-        job.fail(error)
-    if job.is_good:
+    if job.is_good and error is None:
         done = format_size(job.progress.current)
         log.info("job %s goes on, with %s copied", job.id, done)
     return job

@@ -58,6 +58,10 @@ class Job:
     """What all kinds of jobs have in common."""
 
     type: str
+    # What it does to bytes, when it has done so.
+    has_done = "copied"
+    # Whether the next daemon goes on with it.
+    outlives_daemon = True
 
     def __init__(
         self,
@@ -417,7 +421,7 @@ class Job:
     def _conclusion(self) -> tuple[int, str]:
         done = format_size(self.progress.current)
         assert self.ended is not None
-        text = f"{done} copied in {self.ended - self.created:.0f} s"
+        text = f"{done} {self.has_done} in {self.ended - self.created:.0f} s"
         if self.is_good or self.is_cancelled:
             text = text if self.is_good else f"{self.error}, {text}"
             return logging.INFO, f"job {self.id} concluded: {text}"

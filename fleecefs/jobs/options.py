@@ -95,3 +95,21 @@ class BackupOptions:
     backing_format: Format | None = None
     fallback: bool = False
     fell_back: str | None = None
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """One comparison of a disk with a backup of it.
+
+    `bitmap` has what may differ, nothing without one. A `format` that is None is found
+    out.
+    """
+
+    device: str
+    target: Path
+    job_id: str
+    bitmap: str | None = None
+    format: Format | None = None
+    # Bytes a second; 0 is as fast as it goes.
+    speed: int = 0
+    auto_dismiss: bool = True

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ _POLL_SECONDS = 0.01
 # Blocking; returns a job for each, all of one instant, or raises OSError and has
 # left nothing behind.
 CreateBackups = Callable[[Sequence[BackupOptions | Step]], Sequence[Job]]
-
+Create = Callable[[], Sequence[Job]]
 
 # Blocking; returns the jobs of the daemon before us that go on, by transaction.
 Resume = Callable[[], Sequence[Sequence[Job]]]
@@ -113,7 +114,8 @@ class Jobs:
     async def rest(self) -> None:
         """Return when all jobs rest and nobody is in a target; Busy if one hangs.
 
-        For the end of a daemon whose guests shall not wait for that.
+        For the end of a daemon whose guests shall not wait for that. Jobs that the next
+        one does not go on with have ended then.
         """
         resting = [job for job in self._jobs.values() if not job.is_over]
         for job in resting:
@@ -127,10 +129,18 @@ class Jobs:
                     f"target {busy[0]} does not answer, and a process that waits for "
                     "it can not end: try again when it does"
                 )
+            await self._end_mortal(resting)
         except BaseException:
             for job in resting:
                 job.release()
             raise
+
+    async def _end_mortal(self, resting: list[Job]) -> None:
+        ending = [job for job in resting if not job.outlives_daemon]
+        for job in ending:
+            job.stop("cancelled, as the daemon was restarted")
+        while not all(job.is_over for job in ending):
+            await trio.sleep(_POLL_SECONDS)
 
     async def check_end(self) -> None:
         """Raise Busy while a job would be cancelled by an end of the mount."""
@@ -151,15 +161,19 @@ class Jobs:
         none does.
         """
         ids = [each.job_id for each in wanted if isinstance(each, BackupOptions)]
+        create = partial(self._create_backups, list(wanted))
+        return await self.start(ids, create, grouped=grouped)
+
+    async def start(
+        self, ids: Sequence[str], create: Create, *, grouped: bool = False
+    ) -> list[Job]:
+        """Start the jobs of these ids that are created; errors as `start_backups`."""
         self._check_closing()
         self._check_ids(ids)
         self._reserved.update(ids)
         try:
             jobs = await trio.to_thread.run_sync(
-                self._create_backups,
-                list(wanted),
-                abandon_on_cancel=True,
-                limiter=self._creators,
+                create, abandon_on_cancel=True, limiter=self._creators
             )
         finally:
             self._reserved.difference_update(ids)

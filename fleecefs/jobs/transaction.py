@@ -61,7 +61,8 @@ class Transaction:
     async def _wait_finalize(self) -> None:
         for job in self.jobs:
             job.wait_for_finalize()
-        if not all(job.auto_finalize for job in self.jobs):
+        # Some may have committed already, under the daemon before.
+        if not all(job.auto_finalize or job.is_committing for job in self.jobs):
             await self._decided.wait()
 
     async def _prepare(self) -> None:

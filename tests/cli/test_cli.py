@@ -236,6 +236,7 @@ def test_a_daemon_that_ended_just_now_is_exit_code_3(running, tmp_path):
         pytest.param(
             "mount --disk a --on-cbw-error x m", "break-snapshot", id="policy"
         ),
+        pytest.param("mount --disk a --bitmaps some m", "'auto', 'no'", id="bitmaps"),
         pytest.param("completion tcsh", "'tcsh'", id="shell"),
     ],
 )
@@ -388,6 +389,7 @@ def test_mount_with_all_defaults(launched, tmp_path, monkeypatch):
         "cbw_timeout": 10.0,
         "cluster_size": None,
         "durability": "process",
+        "bitmaps": "auto",
         "allow_other": False,
         "log": f"{state}/fleecefs.log",
     }
@@ -406,7 +408,8 @@ def test_mount_with_everything(launched, tmp_path, monkeypatch):
 
     words = """mount --disk a=b --state s --store t --store-limit 10GiB
         --ram-limit 64M --on-cbw-error break-guest-write --cbw-timeout 2.5
-        --cluster-size 64K --durability host --foreground --allow-other --log l /m"""
+        --cluster-size 64K --durability host --bitmaps no --foreground --allow-other
+        --log l /m"""
     output_of(*words.split())
 
     ((settings, foreground),) = launched
@@ -422,6 +425,7 @@ def test_mount_with_everything(launched, tmp_path, monkeypatch):
         "cbw_timeout": 2.5,
         "cluster_size": 65536,
         "durability": "host",
+        "bitmaps": "no",
         "allow_other": True,
         "log": str(tmp_path / "l"),
     }

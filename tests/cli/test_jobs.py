@@ -194,7 +194,15 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_cancel(daemon):
         pytest.param(["a", "b", "--speed", "fast"], "is not a size", id="speed"),
         pytest.param(["a", "b", "--workers", "0"], "x>=1", id="workers"),
         pytest.param(["a", "b", "--cbw-timeout", "nan"], "seconds", id="timeout"),
-        pytest.param(["a", "b", "--sync", "bitmap"], "'full', 'top'", id="sync"),
+        pytest.param(["a", "b", "--sync", "half"], "'full', 'top'", id="sync"),
+        pytest.param(["a", "b", "--bitmap-mode", "x"], "'on-success'", id="mode"),
+        pytest.param(["a", "b", "--format", "vmdk"], "'raw', 'qcow2'", id="format"),
+        pytest.param(["a", "b", "--fallback", "top"], "'full'", id="fallback"),
+        pytest.param(
+            ["--all", "/b", "--format", "qcow2", "--backing", "/a"],
+            "--all takes no",
+            id="backing-of-all",
+        ),
     ],
 )
 def test_wrong_usage(backups, words, text):

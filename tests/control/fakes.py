@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from types import SimpleNamespace
 
 import trio
 
@@ -19,13 +20,43 @@ NO_PID = 2**22 + 1
 CREATED = 1_700_000_000.25
 
 
+class FakeBitmaps:
+    """Bitmaps that are what they say of themselves (control/results.py)."""
+
+    def __init__(self):
+        self.all = []
+
+    def describe(self, disk):
+        return [each for each in self.all if each["disk"] == disk]
+
+
+def bitmap(name="daily", disk="web.raw", **changes):
+    """Return what a daemon says of a bitmap."""
+    return {
+        "disk": disk,
+        "name": name,
+        "count": 3 << 16,
+        "granularity": 1 << 16,
+        "recording": True,
+        "busy": False,
+        "persistent": True,
+        "inconsistent": False,
+        "auto": True,
+        "reason": None,
+        "container": None,
+    } | changes
+
+
 class FakeInventory:
-    """Two disks, and snapshots that are names only."""
+    """Two disks, snapshots that are names only, and what bitmaps are told."""
 
     def __init__(self, emit=lambda name, data: None):
         self.disks = {"web.raw": "/images/web.raw", "db.raw": "/dev/loop7"}
         self.snapshots = {}
         self.reasons = {}
+        self.bitmaps = FakeBitmaps()
+        # The steps of each instant.
+        self.steps = []
         self.extents = [
             {"start": 0, "length": 4096, "data": True, "where": "source"},
             {"start": 4096, "length": 4096, "data": True, "where": "ram"},
@@ -33,12 +64,22 @@ class FakeInventory:
         ]
         self._emit = emit
 
-    def create_snapshot(self, name, disks=None):
+    def find_disk(self, name):
+        if name not in self.disks:
+            raise NotFound(f"no disk {name!r}")
+        return SimpleNamespace(name=name)
+
+    def change_bitmaps(self, steps):
+        self.steps.append(list(steps))
+
+    def create_snapshot(self, name, disks=None, steps=()):
         if name in self.snapshots:
             raise NameTaken(f"snapshot {name!r} exists")
         for disk in disks or ():
             if disk not in self.disks:
                 raise NotFound(f"no disk {disk!r}")
+        if steps:
+            self.steps.append(list(steps))
         self.snapshots[name] = sorted(disks or self.disks)
         data = {"name": name, "disks": self.snapshots[name], "held": 0.002}
         self._emit("FLEECEFS_SNAPSHOT_CREATED", data)
@@ -105,15 +146,15 @@ class FakeInventory:
 class FakeDaemon:
     """The control socket at a path, with nothing behind it that could be mounted."""
 
-    def __init__(self, path):
+    def __init__(self, path, inventory=None, backups=None):
         self.path = str(path)
         self.mount = "/mnt/live"
         self.pid = NO_PID
         self.users = None
         self.cbw_timeout = 10.0
         self.events = Events()
-        self.inventory = FakeInventory(self.events.emit)
-        self.backups = FakeBackups()
+        self.inventory = inventory or FakeInventory(self.events.emit)
+        self.backups = backups or FakeBackups()
         self._ended = trio.Event()
 
     def status(self):
@@ -133,6 +174,11 @@ class FakeDaemon:
             },
             "disks": self.inventory.describe_disks(),
             "snapshots": self.inventory.describe_snapshots(),
+            "bitmaps": [
+                bitmap
+                for disk in self.inventory.disks
+                for bitmap in self.inventory.bitmaps.describe(disk)
+            ],
             "store": {
                 "directory": "/var/lib/fleecefs/live",
                 "limit": None,
@@ -169,9 +215,9 @@ class FakeDaemon:
 
 
 @contextlib.contextmanager
-def running_daemon(path):
+def running_daemon(path, inventory=None, backups=None):
     """Run a FakeDaemon in a thread, for clients that block."""
-    daemon = FakeDaemon(path)
+    daemon = FakeDaemon(path, inventory, backups)
     started = threading.Event()
     thread = threading.Thread(target=trio.run, args=(daemon.run, started.set))
     thread.start()

@@ -8,11 +8,19 @@ from trio.testing import wait_all_tasks_blocked
 
 from fleecefs.block.epoch import OnCbwError
 from fleecefs.control.commands import Commands, Lifecycle
-from fleecefs.control.jobs import BACKUP_ARGUMENTS, WORKERS_MAX
+from fleecefs.control.jobs import VERIFY_ARGUMENTS
 from fleecefs.control.session import Request
-from fleecefs.jobs.options import BackupOptions, OnError, Sync
+from fleecefs.control.transactions import BACKUP_ARGUMENTS, WORKERS_MAX
+from fleecefs.jobs.options import (
+    BackupOptions,
+    BitmapMode,
+    Format,
+    OnError,
+    Sync,
+    VerifyOptions,
+)
 from tests.control.fakes import FakeInventory
-from tests.jobs.fakes import SIZE, Heard, new_jobs
+from tests.jobs.fakes import SIZE, FakeBackup, Heard, new_jobs
 
 TARGET = "/backup/web.raw"
 
@@ -80,6 +88,12 @@ async def test_a_backup_with_everything(session):
         "max-workers": 3,
         "auto-finalize": False,
         "auto-dismiss": False,
+        "bitmap": "daily",
+        "bitmap-mode": "always",
+        "format": "qcow2",
+        "backing": "/backup/before.raw",
+        "backing-format": "raw",
+        "fallback": "full",
     }
     assert set(everything) == set(BACKUP_ARGUMENTS)
     async with session:
@@ -99,15 +113,21 @@ async def test_a_backup_with_everything(session):
             workers=3,
             auto_finalize=False,
             auto_dismiss=False,
+            bitmap="daily",
+            bitmap_mode=BitmapMode.ALWAYS,
+            format=Format.QCOW2,
+            backing=Path("/backup/before.raw"),
+            backing_format=Format.RAW,
+            fallback=True,
         )
 
 
 WRONG = [
     pytest.param({"sync": None}, "expected: string", id="sync-null"),
     pytest.param(
-        {"sync": "incremental"},
-        "Parameter 'sync' does not accept value 'incremental':"
-        " it takes full, top, none",
+        {"sync": "half"},
+        "Parameter 'sync' does not accept value 'half':"
+        " it takes full, top, none, incremental, bitmap",
         id="sync",
     ),
     pytest.param({"speed": -1}, "Parameter 'speed' expects a value of", id="speed"),
@@ -122,7 +142,13 @@ WRONG = [
     pytest.param({"target": "web.raw"}, "expects an absolute path", id="relative"),
     pytest.param({"target": "/\udcff"}, "not valid Unicode", id="no-text"),
     pytest.param({"auto-dismiss": 1}, "expected: boolean", id="auto-dismiss"),
-    pytest.param({"format": "qcow2"}, "'format' is unexpected", id="format"),
+    pytest.param({"format": "vmdk"}, "it takes raw, qcow2", id="format"),
+    pytest.param({"backing": "web.raw"}, "expects an absolute path", id="backing"),
+    pytest.param({"backing-format": "vmdk"}, "raw, qcow2", id="backing-format"),
+    pytest.param({"bitmap": 1}, "expected: string", id="bitmap"),
+    pytest.param({"bitmap-mode": "maybe"}, "on-success, never, always", id="mode"),
+    pytest.param({"fallback": "top"}, "it takes full", id="fallback"),
+    pytest.param({"compress": True}, "'compress' is unexpected", id="unexpected"),
 ]
 
 
@@ -199,8 +225,8 @@ async def test_a_transaction(session, mode):
         pytest.param({"actions": [1]}, "expected: array of objects", id="number"),
         pytest.param({"actions": [{"type": "x"}]}, "'data' is missing", id="no-data"),
         pytest.param(
-            {"actions": [{"type": "abort", "data": {}}]},
-            "Parameter 'type' does not accept value 'abort'",
+            {"actions": [{"type": "drive-backup", "data": {}}]},
+            "Parameter 'type' does not accept value 'drive-backup'",
             id="type",
         ),
         pytest.param(
@@ -339,3 +365,85 @@ async def test_a_paused_job_is_cancelled_by_force_only(session):
 
         assert "is paused" in error["desc"]
         assert (still, session.jobs.all()) == (1, [])
+
+
+class Verifies:
+    """What is asked to create comparisons, and where they may not be."""
+
+    def __init__(self, monkeypatch):
+        self.wanted = []
+        monkeypatch.setattr("fleecefs.control.jobs.create_verify", self)
+
+    def __call__(self, inventory, options, check_place):
+        self.wanted.append(options)
+        return FakeBackup(options.job_id, options.device, seconds=1000)
+
+
+async def test_a_comparison_runs_beside_a_backup_of_its_disk(session, monkeypatch):
+    verifies = Verifies(monkeypatch)
+    async with session:
+        await session.value("blockdev-backup", **WEB)
+
+        answer = await session.value("fleecefs-verify", device="web.raw", target="/b")
+
+        assert answer == {}
+        assert verifies.wanted == [
+            VerifyOptions("web.raw", Path("/b"), "verify-web.raw")
+        ]
+        ids = [job["id"] for job in await session.value("query-jobs")]
+        assert ids == ["web.raw", "verify-web.raw"]
+
+
+async def test_a_comparison_with_everything(session, monkeypatch):
+    verifies = Verifies(monkeypatch)
+    everything = {
+        "device": "web.raw",
+        "target": TARGET,
+        "job-id": "v",
+        "bitmap": "daily",
+        "format": "qcow2",
+        "speed": 1 << 20,
+        "auto-dismiss": False,
+    }
+    assert set(everything) == set(VERIFY_ARGUMENTS)
+    async with session:
+        await session.value("fleecefs-verify", **everything)
+
+    assert verifies.wanted == [
+        VerifyOptions(
+            device="web.raw",
+            target=Path(TARGET),
+            job_id="v",
+            bitmap="daily",
+            format=Format.QCOW2,
+            speed=1 << 20,
+            auto_dismiss=False,
+        )
+    ]
+
+
+async def test_a_comparison_whose_id_is_taken_is_not_created(session, monkeypatch):
+    verifies = Verifies(monkeypatch)
+    wanted = {"device": "web.raw", "target": TARGET, "job-id": "web.raw"}
+    async with session:
+        await session.value("blockdev-backup", **WEB)
+
+        error = await session.error("fleecefs-verify", **wanted)
+
+        assert "a job 'web.raw' exists" in error["desc"]
+        assert verifies.wanted == []
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        pytest.param({"target": "web.raw"}, "expects an absolute path", id="relative"),
+        pytest.param({"format": "vmdk"}, "it takes raw, qcow2", id="format"),
+        pytest.param({"sync": "full"}, "'sync' is unexpected", id="sync"),
+    ],
+)
+async def test_a_wrong_comparison_is_refused(session, change, text):
+    async with session:
+        wanted = {"device": "web.raw", "target": TARGET} | change
+
+        assert text in (await session.error("fleecefs-verify", **wanted))["desc"]

@@ -369,7 +369,7 @@ async def test_a_client_may_hang_up_during_its_command(daemon):
     entered, released = trio.Event(), threading.Event()
     token = trio.lowlevel.current_trio_token()
 
-    def create(name, disks):
+    def create(name, disks, steps):
         token.run_sync_soon(entered.set)
         assert released.wait(20)
 
@@ -392,7 +392,7 @@ async def test_at_the_end_running_commands_and_events_arrive(daemon):
     entered, released = trio.Event(), threading.Event()
     token = trio.lowlevel.current_trio_token()
 
-    def create(name, disks):
+    def create(name, disks, steps):
         token.run_sync_soon(entered.set)
         assert released.wait(20)
         daemon.inventory.snapshots[name] = ["web.raw"]

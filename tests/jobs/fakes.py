@@ -4,6 +4,7 @@ import trio
 
 from fleecefs.errors import NotFound
 from fleecefs.jobs.job import Job
+from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.registry import Jobs
 
 CHUNK = 1000
@@ -27,6 +28,14 @@ class FakeBackup(Job):
         self.failing = {}
         self.target = f"/backup/{device}"
         self.sync = "full"
+        # What else a backup tells of how it was told.
+        self.told = {
+            "format": "raw",
+            "backing": None,
+            "bitmap": None,
+            "bitmap-mode": None,
+            "fell-back": None,
+        }
         self.cost = {
             "waited": 12,
             "longest-wait": 0.0032,
@@ -65,7 +74,8 @@ class FakeBackup(Job):
         self.saves += 1
 
     def details(self):
-        return {"target": self.target, "sync": self.sync, "cost": self.cost}
+        shown = {"target": self.target, "sync": self.sync, "cost": self.cost}
+        return shown | self.told
 
     def _step(self, name):
         self.steps.append(name)
@@ -97,13 +107,20 @@ class FakeBackups:
         self.failing = {}
         self.wanted = []
         self.jobs = {}
+        # An OSError with which all are refused.
+        self.refusal = None
+        # Why they fall back to a full backup, if they may.
+        self.fell_back = None
 
     def __call__(self, wanted):
-        for options in wanted:
+        backups = [each for each in wanted if isinstance(each, BackupOptions)]
+        for options in backups:
             if options.device not in self.disks:
                 raise NotFound(f"no disk {options.device!r}")
+        if self.refusal is not None:
+            raise self.refusal
         self.wanted.append(list(wanted))
-        return [self._create(options) for options in wanted]
+        return [self._create(options) for options in backups]
 
     def _create(self, options):
         job = FakeBackup(
@@ -118,6 +135,13 @@ class FakeBackups:
         )
         job.target = str(options.target)
         job.sync = options.sync.value
+        job.told = {
+            "format": options.format.value,
+            "backing": options.backing and str(options.backing),
+            "bitmap": options.bitmap,
+            "bitmap-mode": options.bitmap_mode and options.bitmap_mode.value,
+            "fell-back": self.fell_back if options.fallback else None,
+        }
         job.failing = self.failing
         self.jobs[job.id] = job
         return job

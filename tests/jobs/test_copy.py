@@ -648,12 +648,12 @@ async def test_cancel_does_not_wait_for_a_target_that_hangs():
             await trio.to_thread.run_sync(stay.wait_arrived)
         job.cancel()
         await wait_for(lambda: job.is_over)
-        assert job.copier._target.users == 3
+        assert job.copier._target.users.count == 3
 
     denied = job.snapshot.epoch.denied.copy()
     for stay in stays:
         stay.release()
-    await wait_for(lambda: not job.copier._target.users)
+    await wait_for(lambda: not job.copier._target.users.count)
     # They came back, and did nothing more.
     assert job.snapshot.epoch.denied == denied
     assert not denied.any()
@@ -669,7 +669,7 @@ async def test_cancel_does_not_wait_for_a_source_that_hangs():
         await trio.to_thread.run_sync(stay.wait_arrived)
         job.cancel()
     stay.release()
-    await wait_for(lambda: not job.copier._target.users)
+    await wait_for(lambda: not job.copier._target.users.count)
 
     assert letters(job.result) == "........"
 

@@ -415,3 +415,37 @@ async def test_jobs_go_on_if_a_target_hangs(autojump_clock, jobs):
         await jobs.rest()
         assert job.status is JobStatus.PAUSED
         await jobs.close()
+
+
+async def test_jobs_that_do_not_outlive_a_daemon_end_when_all_rest(
+    autojump_clock, jobs
+):
+    mortal = FakeBackup("verify-web.raw")
+    mortal.outlives_daemon = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        [job] = await started(jobs, of())
+        jobs.add([mortal])
+        await trio.sleep(0.5)
+        await jobs.rest()
+
+        assert job.status is JobStatus.PAUSED
+        assert mortal.is_over
+        known = jobs.describe("verify-web.raw")
+        assert known["error"] == "cancelled, as the daemon was restarted"
+        await jobs.close()
+
+
+async def test_they_go_on_if_a_target_hangs(autojump_clock, jobs):
+    mortal = FakeBackup("verify-web.raw")
+    mortal.outlives_daemon = False
+    target = Target(MemoryImage(4096), Path("/backup/hangs"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        jobs.add([mortal])
+        await trio.sleep(0.5)
+        with target.used(), pytest.raises(Busy):
+            await jobs.rest()
+
+        assert mortal.status is JobStatus.RUNNING
+        await jobs.close()
