@@ -965,11 +965,21 @@ class Inventory:
             self.bitmaps.save_from_now_on()
         return error
 
+    def settle_bitmap(self, key: str) -> None:
+        """Do what may fail before a job lets its bitmap begin anew; OSError if it does.
+
+        The source is flushed, which may take long. No-op for a job without a bitmap.
+        """
+        found = self.bitmaps.find_frozen(key)
+        if found is not None and found[1].is_stored:
+            found[0].settle_past()
+
     def end_bitmap(self, key: str, left: bitarray | None) -> None:
         """End a job's use of its bitmap: all is copied but `left`, in clusters.
 
-        None is what it had before: nothing counts as copied. No-op for a job without a
-        bitmap, or if that has been done.
+        None is what it had before: nothing counts as copied. Where something does,
+        `settle_bitmap` has come before. No-op for a job without a bitmap, or if that
+        has been done.
         """
         with self._control:
             if self._has_closed:
@@ -982,12 +992,6 @@ class Inventory:
         if found is None:
             return
         bitmaps, held = found
-        if is_copied and held.is_stored:
-            try:
-                bitmaps.settle_past()
-            except OSError as e:
-                log.error("a bitmap goes on as if nothing was copied: %s", describe(e))
-                is_copied, left = False, None
         if left is not None and left.any():
             held.bitmap.add(left, bitmaps.disk.cluster_size)
             try:

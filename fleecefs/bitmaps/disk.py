@@ -38,7 +38,7 @@ _LEFT_IN_USE = "was in use when its file was left"
 _VOID = "another program has changed its file without the bitmaps"
 
 # Of the numbers that are kept with the bits in use.
-_STOPPED = 0
+_UNLOGGED = 0
 
 # How long a write waits until a log that has failed says so durably.
 _VOID_SECONDS = 5.0
@@ -66,16 +66,13 @@ class HeldBitmap:
         return self.container is not None and self.bitmap.inconsistent is None
 
     @property
-    def has_stopped(self) -> bool:
-        """Whether it has ceased to record, whatever is saved; it survives the daemon.
+    def is_unlogged(self) -> bool:
+        """Whether it has bits that neither its container nor the log may have."""
+        return bool(self.live.counters[_UNLOGGED])
 
-        What the state says comes later, and meanwhile writes are missing already.
-        """
-        return bool(self.live.counters[_STOPPED])
-
-    @has_stopped.setter
-    def has_stopped(self, value: bool) -> None:
-        self.live.counters[_STOPPED] = value
+    @is_unlogged.setter
+    def is_unlogged(self, value: bool) -> None:
+        self.live.counters[_UNLOGGED] = value
 
     def lose(self, reason: str | None) -> None:
         """Say that writes may be missing, or not any more; it survives the daemon."""
@@ -140,7 +137,8 @@ class DiskBitmaps:
         # What removes files, once the state that does without them is saved.
         self.garbage: list[Callable[[], None]] = []
         self._log: ActivityLog | None = None
-        # What a command that was cut short may have taken out of containers only.
+        # Of which a command that was cut short may have left less in a container than
+        # there is.
         self._cut_short: list[HeldBitmap] = []
         self._saving = threading.Lock()
         self._voiding = threading.Lock()
@@ -163,6 +161,7 @@ class DiskBitmaps:
         if end is End.PROCESS_CRASHED:
             for record in self._record.bitmaps:
                 self._load_live(record, jobs, changed)
+            self._open_for_strays()
             if self._open:
                 self._go_on()
         else:
@@ -172,6 +171,19 @@ class DiskBitmaps:
                 self.provide_log()
         reached("bitmaps.loaded")
         self.update_recorder()
+
+    def _open_for_strays(self) -> None:
+        """Open our container also if no bitmap of ours is known to be in it.
+
+        The first one may have come there by a command that was cut short.
+        """
+        place = self._place_of(None)
+        if place in self._open or not (self._state / place).exists():
+            return
+        with contextlib.suppress(OSError):
+            container = self.container(place)
+            self._remove_strays(container, self._persistent())
+            self._release_unused()
 
     def _load_live(
         self, record: BitmapRecord, jobs: Collection[str], changed: str | None
@@ -192,14 +204,13 @@ class DiskBitmaps:
             held.frozen, held.bitmap.frozen = frozen, frozen.bits
             if record.job not in jobs:
                 self.thaw(held, is_copied=False)
-        if held.has_stopped:
-            held.bitmap.recording = False
-            # What is to outlive the host has to be saved first, see `_go_on`.
-            record.recording = record.recording and record.persistent
-        if frozen is not None or record.recording != held.bitmap.recording:
+        if frozen is not None or held.is_unlogged:
             self._cut_short.append(held)
         if record.persistent:
             self._attach(held)
+        else:
+            # Where it was about to be when a command was cut short.
+            record.container = ""
 
     def _attach(self, held: HeldBitmap) -> None:
         """Open the container of a bitmap that is in use already."""
@@ -210,6 +221,8 @@ class DiskBitmaps:
             return
         held.container = container
         container.claimed.add(held.record.name)
+        if held.record.name not in container.entries:
+            self._cut_short.append(held)
 
     def _load_saved(self, end: End, changed: str | None, *, autoload: bool) -> None:
         logged = self._logged(end)
@@ -249,6 +262,9 @@ class DiskBitmaps:
             else:
                 self._leave(container, names, "mounted with --bitmaps no")
         self._release_unused()
+
+    def _persistent(self) -> set[str]:
+        return {n for n, each in self.held.items() if each.record.persistent}
 
     @staticmethod
     def _remove_strays(container: OpenContainer, known: Collection[str]) -> None:
@@ -328,10 +344,12 @@ class DiskBitmaps:
                 name, 0, entry.granularity, False, True, container=saved.place
             )
         else:
-            was_recording = record.recording
+            # Also one that had just been disabled, if it was saved before.
+            was_recording = record.recording or entry.is_auto
             reason = record.inconsistent or saved.problem(entry, was_recording)
         is_clean = saved.end is End.CLEAN
-        record.recording = entry.is_auto if is_clean else was_recording and record.auto
+        is_auto = entry.is_auto if is_clean else record.recording and record.auto
+        record.recording = is_auto
         record.granularity = entry.granularity
         record.frozen = record.job = None
         record.number = self.new_number()
@@ -358,7 +376,7 @@ class DiskBitmaps:
         try:
             default = self._open.get(self._place_of(None))
             if default is not None:
-                self._remove_strays(default, self.held)
+                self._remove_strays(default, self._persistent())
             self.mark_in_use()
             if self._log is None:
                 with contextlib.suppress(FileNotFoundError, NotUsable):
@@ -369,7 +387,7 @@ class DiskBitmaps:
                 self._update_containers(is_in_use=True)
             self.provide_log()
             for each in self._cut_short:
-                each.record.recording = each.bitmap.recording
+                each.is_unlogged = False
             self._cut_short = []
         except OSError as e:
             self._lose_recording(f"can not be protected: {describe(e)}")
@@ -615,7 +633,7 @@ class DiskBitmaps:
                         name,
                         bitmap.granularity,
                         bitmap.to_save(),
-                        is_auto=held.record.recording and held.record.auto,
+                        is_auto=held.record.recording,
                         is_in_use=True,
                     )
                 ]
@@ -789,12 +807,14 @@ def _as_stored(
     held: HeldBitmap, container: OpenContainer, *, is_in_use: bool
 ) -> Bitmap:
     bitmap, record = held.bitmap, held.record
+    # In use it says that bits are missing which were set since: see `_load_entry`.
+    is_auto = bitmap.recording and (record.auto or is_in_use)
     changed = bitmap.take_unsaved()
     return Bitmap(
         record.name,
         bitmap.granularity,
         bitmap.to_save(),
-        is_auto=bitmap.recording and record.auto,
+        is_auto=is_auto,
         is_in_use=is_in_use,
         changed=changed if container.has(record.name, bitmap.granularity) else None,
     )

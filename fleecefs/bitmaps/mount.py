@@ -102,7 +102,7 @@ class MountBitmaps:
     def find_frozen(self, job: str) -> tuple[DiskBitmaps, HeldBitmap] | None:
         """Return the bitmap that a job uses, by the key of the job's snapshot."""
         for bitmaps in self._disks.values():
-            for held in bitmaps.held.values():
+            for held in list(bitmaps.held.values()):
                 if held.frozen is not None and held.record.job == job:
                     return bitmaps, held
         return None

@@ -207,7 +207,6 @@ class Remove:
 def _record_again(bitmaps: DiskBitmaps, held: HeldBitmap, was_recording: bool) -> None:
     """Let a bitmap be as it was, after it may have missed writes."""
     if was_recording and not held.bitmap.recording:
-        held.has_stopped = False
         held.bitmap.recording = True
         held.bitmap.set(0, bitmaps.disk.size)
     bitmaps.update_recorder()
@@ -328,7 +327,6 @@ class Clear:
         if self._was is not None:
             bitmap.inconsistent = None
             bitmap.recording = True
-            self._held.has_stopped = False
         self._swap.apply()
 
     def finish(self) -> None:
@@ -368,7 +366,6 @@ class Fill:
             bitmaps.store_again(held)
         # So that a later step finds it right.
         held.lose(None)
-        held.has_stopped = False
         held.record.recording = held.bitmap.recording = True
 
     def apply(self) -> None:
@@ -421,7 +418,6 @@ class Enable:
         held.record.recording = True
 
     def apply(self) -> None:
-        self._held.has_stopped = False
         self._held.bitmap.recording = True
         self._bitmaps.update_recorder()
 
@@ -447,23 +443,22 @@ class Disable:
 
     def prepare(self, find: FindDisk) -> None:
         self._bitmaps = find(self._disk)
-        self._held = find_good(self._bitmaps, self._name)
-        self._before = self._held.bitmap.recording
+        self._held = held = find_good(self._bitmaps, self._name)
+        self._before = held.record.recording, held.bitmap.recording
+        # Ahead of the instant: cut short after it, it lacks writes. What it has by then
+        # is not lost: its container says that it was recording.
+        held.record.recording = False
 
     def apply(self) -> None:
-        self._held.has_stopped = True
         self._held.bitmap.recording = False
         self._bitmaps.update_recorder()
 
     def finish(self) -> None:
-        # In this order: after a crash of the host, only one that was recording is taken
-        # to be dirty where the log says so.
         self._bitmaps.save_if_stored(self._held)
-        # A later step may have enabled it again.
-        self._held.record.recording = self._held.bitmap.recording
 
     def undo(self) -> None:
-        _record_again(self._bitmaps, self._held, self._before)
+        self._held.record.recording, was_recording = self._before
+        _record_again(self._bitmaps, self._held, was_recording)
 
     def concerned(self) -> Sequence[DiskBitmaps]:
         return [self._bitmaps]
@@ -496,11 +491,13 @@ class Merge:
                 )
 
     def apply(self) -> None:
+        self._held.is_unlogged = True
         for source in self._merged:
             self._held.bitmap.add(source.bits, source.granularity)
 
     def finish(self) -> None:
         self._bitmaps.save_if_stored(self._held)
+        self._held.is_unlogged = False
 
     def undo(self) -> None:
         """Leave it: what was merged is no more than too much."""

@@ -130,11 +130,12 @@ class Import:
         try:
             identity = self._check(contents, disk)
             self.names = list(self._find_names(contents))
+            self._check_content(identity, disk)
             try:
                 for name in self.names:
                     self._prepare(find, name, contents, contents.bits(file, name))
-                # They record before anybody looks what the disk holds: what is
-                # written meanwhile is not missing.
+                # They record, and then comes the look that counts: nothing that is
+                # written after it is missing.
                 with drained([disk]):
                     for step in self._steps:
                         step.apply()

@@ -259,6 +259,17 @@ class BackupJob(Job):
         ram = self._inventory.budgets.ram
         return ram.limit is not None and 2 * ram.used >= ram.limit
 
+    async def prepare(self) -> None:
+        # Who goes on to commit has done so.
+        if not self.is_committing:
+            await self._settle_bitmap()
+
+    async def _settle_bitmap(self) -> None:
+        if self.options.bitmap_mode is not BitmapMode.NEVER:
+            await trio.to_thread.run_sync(
+                self._inventory.settle_bitmap, self._record.key, abandon_on_cancel=True
+            )
+
     async def commit(self) -> None:
         if self.options.bitmap is None:
             return
@@ -298,13 +309,13 @@ class BackupJob(Job):
         with trio.move_on_after(_LAST_SECONDS):
             try:
                 await self._flush(target)
+                await self._settle_bitmap()
+                await self._end_bitmap(left)
+                return True
             except OSError as e:
                 reason = describe(e)
-        if self._has_failed_flush:
-            log.warning("job %s: nothing counts as copied: %s", self.id, reason)
-            return False
-        await self._end_bitmap(left)
-        return True
+        log.warning("job %s: nothing counts as copied: %s", self.id, reason)
+        return False
 
     async def _end_bitmap(self, left: bitarray | None) -> None:
         await trio.to_thread.run_sync(
