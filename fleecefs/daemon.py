@@ -34,7 +34,7 @@ from fleecefs.fuse.data import DataThreads
 from fleecefs.fuse.mount import check_no_loop, check_outside, read_ahead, unmount
 from fleecefs.fuse.names import Names
 from fleecefs.inventory import RAM_LIMIT, Inventory, Options
-from fleecefs.jobs.backup import create_backups, resume_jobs
+from fleecefs.jobs.backups import create_backups, resume_jobs
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.registry import Jobs

@@ -7,4 +7,11 @@ progress     how far it is
 job          one job: what people and its transaction can do with it
 transaction  jobs that end together
 registry     all jobs of a mount
+target       where a backup goes to
+copy         copying a snapshot while the guest goes on
+backup       the job that does so
+record       where it is remembered
+backups      how they begin, or go on
+verify       the job that compares a disk with a backup; compare, differences, openbackup
+held         what jobs that hold a private snapshot share
 """

@@ -1,66 +1,30 @@
 """Backups: one instant of some disks, copied while the guests go on.
 
-A backup is a private snapshot and a Copier that releases what it has copied. What a job
-needs to go on after a crash of the daemon:
-
-    STATE/jobs/KEY.json      what it was told; there from before its instant until the
-                             end, and as long as it is there its snapshot is kept
-    RUNTIME/jobs/KEY.json    what changes: its speed, whether it rests, how it ends
-
-How far it is needs no record of its own: see copy.py. No job survives the host.
+A backup is a private snapshot and a Copier that releases what it has copied. If a dirty
+bitmap belongs to it, that begins anew at the instant; how the job ends decides whether
+what it had until then is forgotten.
 """
 
-import contextlib
-import enum
-import json
 import logging
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import trio
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from fleecefs.bitmaps.steps import Add, Fill, Freeze, Step, find_good
-from fleecefs.block.bitmap import replace_file, sync_directory
-from fleecefs.block.dirty import GRANULARITY, scaled
-from fleecefs.block.epoch import OnCbwError
+from fleecefs.block.dirty import scaled
 from fleecefs.block.snapshot import Snapshot
-from fleecefs.errors import FlushFailed, NotFound, NotUsable, SnapshotLost, describe
-from fleecefs.inventory import Inventory, PrivateOptions, PrivateSnapshot
+from fleecefs.errors import FlushFailed, SnapshotLost, describe
+from fleecefs.inventory import Inventory, PrivateSnapshot
 from fleecefs.jobs.copy import Copier
-from fleecefs.jobs.held import (
-    CheckPlace,
-    check,
-    cost_of,
-    end_if_broken,
-    in_thread,
-    surroundings_of,
-)
+from fleecefs.jobs.held import check, cost_of, end_if_broken, in_thread
 from fleecefs.jobs.job import Job
-from fleecefs.jobs.options import BackupOptions, BitmapMode, Format, OnError, Sync
-from fleecefs.jobs.target import (
-    Surroundings,
-    Target,
-    create_qcow2,
-    find_backing,
-    open_target,
-    record_backing,
-    reopen_qcow2,
-    reopen_target,
-)
+from fleecefs.jobs.options import BackupOptions, BitmapMode, Sync
+from fleecefs.jobs.record import Record, text_of, value_of
+from fleecefs.jobs.target import Target
 from fleecefs.killpoint import reached
-from fleecefs.units import format_size
 
 log = logging.getLogger(__name__)
-
-_FORMAT = "fleecefs-job"
-_VERSION = 1
 
 # With Sync.NONE a cancel is the normal end: for so long it may bring to the target what
 # is preserved already. A target that hangs has no more time than that.
@@ -68,58 +32,6 @@ _LAST_SECONDS = 5.0
 
 # What closing a target may take until it is left to itself.
 _CLOSE_SECONDS = 1.0
-
-
-class Record:
-    """Where a job is remembered."""
-
-    def __init__(self, inventory: Inventory, key: str) -> None:
-        self.key = key
-        self._told = inventory.state_path / "jobs" / f"{key}.json"
-        self._now = inventory.runtime_path / "jobs" / f"{key}.json"
-
-    def create(self, told: dict[str, Any]) -> None:
-        """Remember durably what a job was told."""
-        for path in self._told.parent, self._now.parent:
-            path.mkdir(mode=0o700, exist_ok=True)
-        document = {"format": _FORMAT, "version": _VERSION, **told}
-        replace_file(self._told, (json.dumps(document, indent=1) + "\n").encode())
-
-    def told(self) -> dict[str, Any]:
-        """Return what a job was told; NotUsable if that can not be read."""
-        try:
-            told = json.loads(self._told.read_bytes())
-        except (OSError, ValueError):
-            raise NotUsable(f"{self._told}: is damaged") from None
-        if not isinstance(told, dict) or told.get("format") != _FORMAT:
-            raise NotUsable(f"{self._told}: is no record of a job")
-        if told.get("version") != _VERSION:
-            raise NotUsable(f"{self._told}: has version {told.get('version')}")
-        return told
-
-    def save(self, now: dict[str, Any]) -> None:
-        """Remember what changes: on tmpfs, so it does not wait."""
-        new = self._now.with_suffix(".new")
-        # Without it the job goes on as it was told.
-        with contextlib.suppress(OSError):
-            new.write_text(json.dumps(now))
-            new.replace(self._now)
-
-    def now(self) -> dict[str, Any]:
-        """Return what was saved last."""
-        with contextlib.suppress(OSError, ValueError):
-            now = json.loads(self._now.read_bytes())
-            if isinstance(now, dict):
-                return now
-        return {}
-
-    def remove(self) -> None:
-        """Forget the job: it does not go on."""
-        self._now.unlink(missing_ok=True)
-        # It may never have been made, nor the directory.
-        with contextlib.suppress(FileNotFoundError):
-            self._told.unlink()
-            sync_directory(self._told.parent)
 
 
 class BackupJob(Job):
@@ -383,9 +295,9 @@ class BackupJob(Job):
             "target": str(self.options.target),
             "sync": self.options.sync.value,
             "format": self.options.format.value,
-            "backing": _text(self.options.backing),
+            "backing": text_of(self.options.backing),
             "bitmap": self.options.bitmap,
-            "bitmap-mode": _value(self.options.bitmap_mode),
+            "bitmap-mode": value_of(self.options.bitmap_mode),
             "fell-back": self.options.fell_back,
             "cost": self._cost_now(),
         }
@@ -454,294 +366,3 @@ def _wanted(
     for first, stop in scaled(frozen, granularity, step):
         wanted[first * step // size : stop * step // size] = 1
     return wanted
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
-
-
-def _value(word: enum.Enum | None) -> Any:
-    return None if word is None else word.value
-
-
-def create_backups(
-    inventory: Inventory,
-    wanted: Sequence[BackupOptions | Step],
-    check_place: CheckPlace = lambda path: None,
-) -> list[BackupJob]:
-    """Return jobs of one instant; blocking. If one is refused, nothing has changed.
-
-    The steps are what happens to bitmaps at the same instant, in the order of all.
-    `check_place` raises NotUsable for a path that leads to our own mount.
-    """
-    inventory.check_open()
-    backups = [each for each in wanted if isinstance(each, BackupOptions)]
-    for options in backups:
-        check_options(options)
-        inventory.find_disk(options.device)
-    surroundings = surroundings_of(inventory, check_place)
-    jobs: list[tuple[BackupOptions, Target, Record]] = []
-    steps: list[Step] = []
-    with ExitStack() as undo:
-        for each in wanted:
-            if not isinstance(each, BackupOptions):
-                steps.append(each)
-                continue
-            options, fallen = _fall_back(inventory, each)
-            target = _open_target(inventory, options, surroundings)
-            undo.callback(target.close)
-            undo.callback(target.remove)
-            record = Record(inventory, uuid4().hex)
-            is_increment = options.sync.is_of_bitmap and options.format is Format.RAW
-            if is_increment and target.is_new and options.fallback:
-                options = _as_full(options, f"target {options.target} is new")
-            jobs.append((options, target, record))
-            steps += fallen
-            if options.bitmap is not None:
-                steps.append(Freeze(options.device, options.bitmap, record.key))
-        reached("job.opened")
-        for options, target, record in jobs:
-            undo.callback(record.remove)
-            record.create(_told(options, target))
-        reached("job.recorded")
-        privates = inventory.create_private(
-            [
-                PrivateOptions(
-                    options.device,
-                    record.key,
-                    options.on_cbw_error,
-                    options.cbw_timeout,
-                    has_holes=options.sync is Sync.TOP,
-                )
-                for options, _, record in jobs
-            ],
-            steps,
-        )
-        undo.pop_all()
-    created = [
-        BackupJob(inventory, private, target, options, record)
-        for private, (options, target, record) in zip(privates, jobs, strict=True)
-    ]
-    for job in created:
-        # It may have broken meanwhile: then the job tells.
-        with contextlib.suppress(SnapshotLost):
-            job.restrict()
-        job.count_progress()
-    return created
-
-
-def _fall_back(
-    inventory: Inventory, options: BackupOptions
-) -> tuple[BackupOptions, list[Step]]:
-    """Return what to do with a bitmap that can not be used, if that was told.
-
-    All counts as dirty in it then: if the full backup fails, so does what comes next
-    without one.
-    """
-    disk, name = options.device, options.bitmap
-    if name is None or not options.fallback:
-        return options, []
-    try:
-        find_good(inventory.bitmaps.find(disk), name)
-    except NotFound as e:
-        size = inventory.find_disk(disk).size
-        bits = bitarray(-(-size // GRANULARITY), endian="little")
-        bits.setall(1)
-        return _as_full(options, str(e)), [Add(disk, name, bits=bits)]
-    except NotUsable as e:
-        return _as_full(options, str(e)), [Fill(disk, name)]
-    return options, []
-
-
-def _as_full(options: BackupOptions, reason: str) -> BackupOptions:
-    """Return a full backup that takes the place of an increment."""
-    mode = options.bitmap_mode
-    if mode is not BitmapMode.NEVER:
-        mode = BitmapMode.ON_SUCCESS
-    log.warning("backup of %s is a full one: %s", options.device, reason)
-    return replace(
-        options, sync=Sync.FULL, bitmap_mode=mode, backing=None, fell_back=reason
-    )
-
-
-def _open_target(
-    inventory: Inventory, options: BackupOptions, surroundings: Surroundings
-) -> Target:
-    size = inventory.find_disk(options.device).size
-    if options.format is Format.RAW:
-        return open_target(options.target, size, surroundings)
-    backing = None
-    if options.backing is not None:
-        told = options.backing_format and options.backing_format.value
-        backing = find_backing(
-            options.backing, told, size, options.target, surroundings
-        )
-    return create_qcow2(options.target, size, surroundings, backing)
-
-
-def check_options(options: BackupOptions) -> None:
-    """Raise NotUsable for what makes no sense together; QEMU's rules and words."""
-    if options.workers < 1:
-        raise NotUsable(f"{options.workers} workers: at least one is needed")
-    if options.speed < 0:
-        raise NotUsable("a speed is not negative")
-    if options.cbw_timeout is not None and options.cbw_timeout < 0:
-        raise NotUsable("a cbw-timeout is not negative")
-    _check_bitmap(options.sync, options.bitmap, options.bitmap_mode)
-    if options.fallback and options.bitmap is None:
-        raise NotUsable("a fallback is for a backup with a bitmap")
-    if options.format is Format.RAW:
-        if options.backing is not None:
-            raise NotUsable("a raw target has no backing file: use format qcow2")
-    elif options.sync is Sync.NONE:
-        raise NotUsable("sync mode 'none' needs a raw target")
-    elif options.sync is Sync.TOP and options.backing is not None:
-        raise NotUsable(
-            "sync mode 'top' has no backing file: what is not allocated would be seen "
-            "through"
-        )
-    if options.backing_format is not None and options.backing is None:
-        raise NotUsable("a backing format is for a backing file")
-
-
-def _check_bitmap(sync: Sync, bitmap: str | None, mode: BitmapMode | None) -> None:
-    if sync.is_of_bitmap and bitmap is None:
-        raise NotUsable(
-            f"must provide a valid bitmap name for '{sync.value}' sync mode"
-        )
-    if bitmap is None:
-        if mode is not None:
-            raise NotUsable("Cannot specify bitmap sync mode without a bitmap")
-        return
-    if sync is Sync.INCREMENTAL and mode not in (None, BitmapMode.ON_SUCCESS):
-        raise NotUsable(
-            "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"
-        )
-    if sync is not Sync.INCREMENTAL and mode is None:
-        raise NotUsable("Bitmap sync mode must be given when providing a bitmap")
-    if sync is Sync.NONE:
-        raise NotUsable("sync mode 'none' does not produce meaningful bitmap outputs")
-    if mode is BitmapMode.NEVER and not sync.is_of_bitmap:
-        raise NotUsable(
-            "Bitmap sync mode 'never' has no meaningful effect when combined with sync "
-            f"mode '{sync.value}'"
-        )
-
-
-def _told(options: BackupOptions, target: Target) -> dict[str, Any]:
-    told = {
-        **asdict(options),
-        "target": str(options.target),
-        "sync": options.sync.value,
-        "on_source_error": options.on_source_error.value,
-        "on_target_error": options.on_target_error.value,
-        "on_cbw_error": _value(options.on_cbw_error),
-        "bitmap_mode": _value(options.bitmap_mode),
-        "target_format": options.format.value,
-        "backing": _text(options.backing),
-        "backing_format": target.backing_format,
-        "target_is_new": target.is_new,
-        "created": time.time(),
-    }
-    # Where the record says what kind of file it is.
-    del told["format"]
-    return {name.replace("_", "-"): value for name, value in told.items()}
-
-
-def _options(told: dict[str, Any]) -> BackupOptions:
-    on_cbw_error = told["on-cbw-error"]
-    return BackupOptions(
-        device=told["device"],
-        target=Path(told["target"]),
-        job_id=told["job-id"],
-        sync=Sync(told["sync"]),
-        speed=told["speed"],
-        on_source_error=OnError(told["on-source-error"]),
-        on_target_error=OnError(told["on-target-error"]),
-        on_cbw_error=on_cbw_error and OnCbwError(on_cbw_error),
-        cbw_timeout=told["cbw-timeout"],
-        workers=told["workers"],
-        auto_finalize=told["auto-finalize"],
-        auto_dismiss=told["auto-dismiss"],
-        bitmap=told["bitmap"],
-        bitmap_mode=told["bitmap-mode"] and BitmapMode(told["bitmap-mode"]),
-        format=Format(told["target-format"]),
-        backing=told["backing"] and Path(told["backing"]),
-        backing_format=told["backing-format"] and Format(told["backing-format"]),
-        fallback=told["fallback"],
-        fell_back=told["fell-back"],
-    )
-
-
-def resume_jobs(inventory: Inventory) -> list[list[BackupJob]]:
-    """Return the jobs of the daemon before, in groups that end together; blocking."""
-    groups: dict[tuple[str, ...], list[BackupJob]] = {}
-    for path in (inventory.state_path / "jobs").glob("*.json.new"):
-        # A crash has cut it short.
-        path.unlink()
-    for path in (inventory.state_path / "jobs").glob("*.json"):
-        record = Record(inventory, path.stem)
-        try:
-            job = _resume(inventory, record)
-        except (NotUsable, KeyError, ValueError, TypeError) as e:
-            log.error("job %s does not go on: %s", path.stem, e)
-            job = None
-        if job is None:
-            private = inventory.private.get(record.key)
-            record.remove()
-            if private is not None:
-                inventory.delete_private(private)
-            continue
-        groups.setdefault(tuple(job.group), []).append(job)
-    for jobs in groups.values():
-        jobs.sort(key=lambda job: job.created)
-        # All are told so before the first commits: if one was not, none has.
-        is_committing = all(job.is_committing for job in jobs)
-        for job in jobs:
-            job.is_committing = is_committing
-    return sorted(groups.values(), key=lambda jobs: jobs[0].created)
-
-
-def _reopen_target(options: BackupOptions, size: int, *, is_new: bool) -> Target:
-    if options.format is Format.RAW:
-        return reopen_target(options.target, size, is_new=is_new)
-    backing = None
-    if options.backing is not None:
-        assert options.backing_format is not None
-        backing = record_backing(
-            options.backing, options.backing_format.value, options.target
-        )
-    return reopen_qcow2(options.target, size, backing)
-
-
-def _resume(inventory: Inventory, record: Record) -> BackupJob | None:
-    """Return a job that goes on, or None if it never began."""
-    told = record.told()
-    options = _options(told)
-    private = inventory.private.get(record.key)
-    is_new = bool(told["target-is-new"])
-    error = None
-    target = None
-    try:
-        size = inventory.find_disk(options.device).size
-        target = _reopen_target(options, size, is_new=is_new)
-    except OSError as e:
-        error = e
-    if private is None:
-        if target is not None:
-            if not target.allocated():
-                target.remove()
-            target.close()
-        return None
-    job = BackupJob(inventory, private, target, options, record)
-    job.created = float(told["created"])
-    job.target_error = error
-    if target is not None:
-        # It may have been killed before it was.
-        with contextlib.suppress(SnapshotLost):
-            job.restrict()
-    job.go_on(record.now())
-    if job.is_good and error is None:
-        done = format_size(job.progress.current)
-        log.info("job %s goes on, with %s copied", job.id, done)
-    return job

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleecefs.block.epoch import OnCbwError
+from fleecefs.errors import NotUsable
 
 # Beyond it a backup takes the guest's time and its target's, and is not faster.
 WORKERS = 24
@@ -113,3 +114,52 @@ class VerifyOptions:
     # Bytes a second; 0 is as fast as it goes.
     speed: int = 0
     auto_dismiss: bool = True
+
+
+def check_options(options: BackupOptions) -> None:
+    """Raise NotUsable for what makes no sense together; QEMU's rules and words."""
+    if options.workers < 1:
+        raise NotUsable(f"{options.workers} workers: at least one is needed")
+    if options.speed < 0:
+        raise NotUsable("a speed is not negative")
+    if options.cbw_timeout is not None and options.cbw_timeout < 0:
+        raise NotUsable("a cbw-timeout is not negative")
+    _check_bitmap(options.sync, options.bitmap, options.bitmap_mode)
+    if options.fallback and options.bitmap is None:
+        raise NotUsable("a fallback is for a backup with a bitmap")
+    if options.format is Format.RAW:
+        if options.backing is not None:
+            raise NotUsable("a raw target has no backing file: use format qcow2")
+    elif options.sync is Sync.NONE:
+        raise NotUsable("sync mode 'none' needs a raw target")
+    elif options.sync is Sync.TOP and options.backing is not None:
+        raise NotUsable(
+            "sync mode 'top' has no backing file: what is not allocated would be seen "
+            "through"
+        )
+    if options.backing_format is not None and options.backing is None:
+        raise NotUsable("a backing format is for a backing file")
+
+
+def _check_bitmap(sync: Sync, bitmap: str | None, mode: BitmapMode | None) -> None:
+    if sync.is_of_bitmap and bitmap is None:
+        raise NotUsable(
+            f"must provide a valid bitmap name for '{sync.value}' sync mode"
+        )
+    if bitmap is None:
+        if mode is not None:
+            raise NotUsable("Cannot specify bitmap sync mode without a bitmap")
+        return
+    if sync is Sync.INCREMENTAL and mode not in (None, BitmapMode.ON_SUCCESS):
+        raise NotUsable(
+            "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"
+        )
+    if sync is not Sync.INCREMENTAL and mode is None:
+        raise NotUsable("Bitmap sync mode must be given when providing a bitmap")
+    if sync is Sync.NONE:
+        raise NotUsable("sync mode 'none' does not produce meaningful bitmap outputs")
+    if mode is BitmapMode.NEVER and not sync.is_of_bitmap:
+        raise NotUsable(
+            "Bitmap sync mode 'never' has no meaningful effect when combined with sync "
+            f"mode '{sync.value}'"
+        )

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from fleecefs.control.client import Client
-from fleecefs.jobs.backup import create_backups
+from fleecefs.jobs.backups import create_backups
 from fleecefs.jobs.options import BitmapMode, Format, Sync
 from fleecefs.state.runtime import RunningMount
 from fleecefs.units import KiB, MiB
@@ -601,7 +601,7 @@ def test_a_fallback_says_so(host, tmp_path):
     text = output_of("backup", "web.raw", str(target), *words.split())
     shown = output_of("job", "show", "web.raw")
 
-    reason = "a full backup, because Dirty bitmap 'daily' not found"
+    reason = "a full backup, because there was no bitmap 'daily'"
     assert text.endswith(f"; {reason}\n")
     assert f"job web.raw is {reason}" in shown
     assert target.read_bytes() == host.live("web.raw")

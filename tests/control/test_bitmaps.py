@@ -7,7 +7,7 @@ import trio
 
 from fleecefs.control.commands import Commands, Lifecycle
 from fleecefs.control.session import Request
-from fleecefs.jobs.backup import create_backups
+from fleecefs.jobs.backups import create_backups
 from fleecefs.jobs.registry import Jobs
 from fleecefs.jobs.status import JobStatus
 from fleecefs.units import KiB, MiB

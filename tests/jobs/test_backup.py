@@ -20,8 +20,9 @@ from fleecefs.block.snapshot import Snapshot
 from fleecefs.errors import Busy, NotFound, NotUsable
 from fleecefs.inventory import Inventory
 from fleecefs.jobs import backup, copy
-from fleecefs.jobs.backup import Record, create_backups, resume_jobs
+from fleecefs.jobs.backups import create_backups, resume_jobs
 from fleecefs.jobs.options import BackupOptions, OnError, Sync
+from fleecefs.jobs.record import Record
 from fleecefs.jobs.registry import Jobs
 from fleecefs.jobs.status import JobStatus
 from fleecefs.jobs.target import Target

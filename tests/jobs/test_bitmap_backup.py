@@ -28,7 +28,7 @@ from fleecefs.block.snapshot import Snapshot
 from fleecefs.errors import Busy, NotFound, NotUsable
 from fleecefs.inventory import Inventory
 from fleecefs.jobs import backup, copy
-from fleecefs.jobs.backup import create_backups, resume_jobs
+from fleecefs.jobs.backups import create_backups, resume_jobs
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.options import BitmapMode, Format, Sync
 from fleecefs.jobs.status import JobStatus
@@ -979,7 +979,7 @@ FALLBACK = {**INCREMENT, "fallback": True}
 
 def make_missing(host):
     host.inventory.change_bitmaps([Remove("web.raw", "b")])
-    return "not found"
+    return "there was no bitmap"
 
 
 def make_inconsistent(host):
@@ -1041,17 +1041,17 @@ def test_all_is_dirty_if_a_full_one_in_its_place_fails(web, target, spoil, dies)
     assert dirty(web) == set()
 
 
-@pytest.mark.logs("is a full one: target .* is new")
+@pytest.mark.logs("is a full one: target .* was new")
 async def test_an_increment_of_nothing_is_a_full_backup(web, target):
     async with running(web) as jobs:
         job = await finished(jobs, target, **FALLBACK)
 
-    assert job.details()["fell-back"].endswith("is new")
+    assert job.details()["fell-back"].endswith("was new")
     assert target.read_bytes() == web.live("web.raw")
     assert dirty(web) == set()
 
 
-@pytest.mark.logs("is a full one: target .* is new|No such file")
+@pytest.mark.logs("is a full one: target .* was new|No such file")
 def test_a_part_that_could_not_be_removed_is_not_taken_for_a_backup(web, target):
     """The target was out of reach when the job failed, and is back for the next."""
 

@@ -13,7 +13,7 @@ from fleecefs.bitmaps.steps import Add, Disable
 from fleecefs.block.epoch import OnCbwError
 from fleecefs.errors import Busy, NotFound, NotUsable
 from fleecefs.jobs import compare, verify
-from fleecefs.jobs.backup import create_backups
+from fleecefs.jobs.backups import create_backups
 from fleecefs.jobs.options import BackupOptions, Format, Sync, VerifyOptions
 from fleecefs.jobs.registry import Jobs
 from fleecefs.jobs.status import JobStatus
