@@ -12,6 +12,7 @@ copy         copying a snapshot while the guest goes on
 backup       the job that does so
 record       where it is remembered
 backups      how they begin, or go on
-verify       the job that compares a disk with a backup; compare, differences, openbackup
+verify       the job that compares a disk with a backup, with compare, differences and
+             openbackup
 held         what jobs that hold a private snapshot share
 """
