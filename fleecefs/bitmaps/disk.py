@@ -35,6 +35,7 @@ from fleecefs.state.epochs import End
 log = logging.getLogger(__name__)
 
 _LEFT_IN_USE = "was in use when its file was left"
+_NOT_LOADED = "the disk was mounted with --bitmaps no"
 _VOID = "another program has changed its file without the bitmaps"
 
 # Of the numbers that are kept with the bits in use.
@@ -59,6 +60,8 @@ class HeldBitmap:
         self.live = live
         self.frozen: LiveBits | None = None
         self.container = container
+        # A step that is prepared will give it other bits.
+        self.is_swapping = False
 
     @property
     def is_stored(self) -> bool:
@@ -160,7 +163,8 @@ class DiskBitmaps:
         ]
         if end is End.PROCESS_CRASHED:
             for record in self._record.bitmaps:
-                self._load_live(record, jobs, changed)
+                if record.is_loaded:
+                    self._load_live(record, jobs, changed)
             self._open_for_strays()
             if self._open:
                 self._go_on()
@@ -260,11 +264,13 @@ class DiskBitmaps:
                 for name in dict.fromkeys([*mine, *names]):
                     self._load_entry(saved, name, mine.get(name))
             else:
-                self._leave(container, names, "mounted with --bitmaps no")
+                self._leave(container, names, _NOT_LOADED)
+                for name in dict.fromkeys([*mine, *names]):
+                    self._keep_unloaded(container, place, name, mine.get(name))
         self._release_unused()
 
     def _persistent(self) -> set[str]:
-        return {n for n, each in self.held.items() if each.record.persistent}
+        return {record.name for record in self._record.bitmaps if record.persistent}
 
     @staticmethod
     def _remove_strays(container: OpenContainer, known: Collection[str]) -> None:
@@ -320,6 +326,27 @@ class DiskBitmaps:
                 "bitmap %s of %s is inconsistent: %s", name, self.disk.name, reason
             )
 
+    def _keep_unloaded(
+        self,
+        container: OpenContainer,
+        place: str,
+        name: str,
+        record: BitmapRecord | None,
+    ) -> None:
+        """Remember a bitmap for a later mount, and that it has missed writes."""
+        entry = container.entries.get(name)
+        if entry is None or entry.is_foreign:
+            return
+        if record is None:
+            record = BitmapRecord(
+                name, 0, entry.granularity, entry.is_auto, True, container=place
+            )
+        record.is_loaded = False
+        record.frozen = record.job = None
+        if record.recording or entry.is_auto:
+            record.inconsistent = record.inconsistent or _NOT_LOADED
+        self._record.bitmaps.append(record)
+
     def _load_entry(
         self, saved: "Saved", name: str, record: BitmapRecord | None
     ) -> None:
@@ -350,6 +377,7 @@ class DiskBitmaps:
         is_clean = saved.end is End.CLEAN
         is_auto = entry.is_auto if is_clean else record.recording and record.auto
         record.recording = is_auto
+        record.is_loaded = True
         record.granularity = entry.granularity
         record.frozen = record.job = None
         record.number = self.new_number()
@@ -524,6 +552,16 @@ class DiskBitmaps:
     def _owner(self, number: int, granularity: int) -> Owner:
         return Owner(self.disk.id, number, -(-self.disk.size // granularity))
 
+    def check_new(self, name: str) -> None:
+        """Raise NameTaken if the disk has a bitmap of that name, loaded or not."""
+        if name in self.held:
+            raise NameTaken(f"Bitmap already exists: {name}")
+        if any(record.name == name for record in self._record.bitmaps):
+            raise NameTaken(
+                f"Bitmap already exists: {name}; it is not loaded, as the disk is "
+                "mounted with --bitmaps no"
+            )
+
     def add(self, record: BitmapRecord, live: LiveBits) -> HeldBitmap:
         """Have one more bitmap, which does not record yet."""
         held = self._hold(record, live, None)
@@ -696,7 +734,8 @@ class DiskBitmaps:
     def _check_attachable(self, container: OpenContainer, name: str) -> None:
         if name not in container.entries:
             raise NotFound(f"Dirty bitmap '{name}' not found in {container.path}")
-        if name in self.held or name in container.claimed:
+        self.check_new(name)
+        if name in container.claimed:
             raise NameTaken(f"Bitmap already exists: {name}")
         if container.entries[name].is_foreign:
             raise NotUsable(

@@ -20,7 +20,7 @@ from bitarray import bitarray
 
 from fleecefs.bitmaps.disk import DiskBitmaps, HeldBitmap
 from fleecefs.block.dirty import GRANULARITY, GRANULARITY_MAX, GRANULARITY_MIN
-from fleecefs.errors import BadName, Busy, NameTaken, NotFound, NotUsable, Refused
+from fleecefs.errors import BadName, Busy, NotFound, NotUsable, Refused
 from fleecefs.killpoint import reached
 from fleecefs.qcow2.bitmaps import BITS_SIZE_MAX
 from fleecefs.state.directory import BitmapRecord
@@ -65,11 +65,14 @@ def find_free(bitmaps: DiskBitmaps, name: str) -> HeldBitmap:
     """Return a bitmap that no job uses; Busy if one does."""
     held = find_bitmap(bitmaps, name)
     if held.bitmap.busy:
-        raise Busy(
-            f"Bitmap '{name}' is currently in use by another operation and cannot be "
-            "used"
-        )
+        raise _in_use(name)
     return held
+
+
+def _in_use(name: str) -> Busy:
+    return Busy(
+        f"Bitmap '{name}' is currently in use by another operation and cannot be used"
+    )
 
 
 def find_good(bitmaps: DiskBitmaps, name: str) -> HeldBitmap:
@@ -137,8 +140,7 @@ class Add:
         self._bitmaps = bitmaps = find(self._disk)
         check_bitmap_name(record.name)
         check_granularity(record.granularity, bitmaps.disk.size)
-        if record.name in bitmaps.held:
-            raise NameTaken(f"Bitmap already exists: {record.name}")
+        bitmaps.check_new(record.name)
         if self._container is not None and not record.persistent:
             raise NotUsable("a transient bitmap is in no container")
         record.number = bitmaps.new_number()
@@ -219,6 +221,9 @@ class Swap:
         self._bitmaps = bitmaps
         self._held = held
         record = held.record
+        if held.is_swapping:
+            # Once at an instant: what was frozen has one place only.
+            raise _in_use(record.name)
         before, record.number = record.number, bitmaps.new_number()
         try:
             self._live = bitmaps.create_bits(record)
@@ -226,13 +231,13 @@ class Swap:
             record.number = before
             raise
         record.frozen, record.job = before, job
-        # So that a later step finds it busy.
-        held.bitmap.frozen = held.bitmap.bits
+        held.is_swapping = True
         reached("bitmap.swapping")
 
     def apply(self) -> None:
         held, live = self._held, self._live
         live.counters[:] = held.live.counters
+        held.is_swapping = False
         held.bitmap.frozen = None
         held.bitmap.freeze(live.bits)
         held.frozen, held.live = held.live, live
@@ -243,6 +248,7 @@ class Swap:
         if held.frozen is not None:
             self._bitmaps.thaw(held, is_copied=False)
             return
+        held.is_swapping = False
         held.bitmap.frozen = None
         assert record.frozen is not None
         record.number, record.frozen, record.job = record.frozen, None, None
@@ -264,6 +270,8 @@ class Freeze:
         self._bitmaps = find(self._disk)
         held = find_good(self._bitmaps, self._name)
         self._swap = Swap(self._bitmaps, held, self._job)
+        # So that a later step finds it busy.
+        held.bitmap.frozen = held.bitmap.bits
 
     def apply(self) -> None:
         self._swap.apply()

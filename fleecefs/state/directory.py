@@ -50,7 +50,7 @@ class BitmapRecord:
 
     `number` is that of its bits in use, `frozen` of those it had when it began anew for
     the job `job`. `container` is the file it is saved in, from the state directory, if
-    it is persistent.
+    it is persistent. One that is not loaded waits for another mount.
     """
 
     name: str
@@ -63,6 +63,7 @@ class BitmapRecord:
     frozen: int | None = None
     job: str | None = None
     inconsistent: str | None = None
+    is_loaded: bool = True
 
 
 @dataclass

@@ -13,8 +13,9 @@ from fleecefs.bitmaps.steps import (
     Disable,
     Fill,
     Remove,
+    Set,
 )
-from fleecefs.errors import Busy
+from fleecefs.errors import Busy, NameTaken
 from fleecefs.qcow2.bitmaps import Entry
 from tests.bitmaps.hosts import (
     AREA,
@@ -27,6 +28,7 @@ from tests.bitmaps.hosts import (
     container,
     described,
     dirty,
+    held,
     log_of,
     make_host,
     names,
@@ -427,21 +429,34 @@ def test_bitmap_that_is_hidden_by_one_elsewhere_is_not_believed(host, tmpfs_path
     assert dirty(host, "daily") == {1}
 
 
-@pytest.mark.logs("mounted with --bitmaps no|was in use when its file was left")
-def test_bitmaps_that_are_not_loaded_are_not_believed_later(host):
-    change(host, add("daily"), add("off", recording=False), add("gone"))
-    change(host, Remove(WEB, "gone"))
+@pytest.mark.logs("mounted with --bitmaps no")
+@pytest.mark.parametrize("end", ["close", "crash", "reboot"])
+def test_bitmaps_that_are_not_loaded_are_not_believed_later(host, tmpfs_path, end):
+    elsewhere = Add(
+        WEB, "elsewhere", granularity=CLUSTER, container=tmpfs_path / "c.qcow2"
+    )
+    change(host, add("daily"), add("off", recording=False), add("gone"), elsewhere)
+    change(host, Remove(WEB, "gone"), Set(WEB, "off", auto=False))
     write(host, 1)
     host.close()
     host.open(has_bitmaps=False)
     write(host, 2)
 
     assert names(host) == set()
-    host.close()
-    assert stored(host) == {"daily": {"auto", "in-use"}, "off": set()}
+    with pytest.raises(NameTaken, match="not loaded"):
+        change(host, add("daily"))
+    getattr(host, end)()
+    if end == "crash":
+        # The next daemon of the same mount.
+        host.open(has_bitmaps=False)
+        assert names(host) == set()
+        host.close()
     host.open()
-    assert reason(host, "daily") == "was in use when its file was left"
+    assert names(host) == {"daily", "off", "elsewhere"}
+    lost = "the disk was mounted with --bitmaps no"
+    assert reason(host, "daily") == reason(host, "elsewhere") == lost
     assert dirty(host, "off") == set()
+    assert not held(host, "off").record.auto
 
 
 @pytest.mark.logs("is not in .* any more")

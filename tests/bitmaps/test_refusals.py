@@ -136,11 +136,18 @@ POWER = "Granularity must be power of 2 and at least 512"
             Clear(WEB, "daily"),
         ),
         refused(
-            "cleared",
+            "cleared twice",
             Busy,
             "currently in use",
             Clear(WEB, "daily"),
-            Merge(WEB, "now", [(WEB, "daily")]),
+            Clear(WEB, "daily"),
+        ),
+        refused(
+            "cleared and frozen",
+            Busy,
+            "currently in use",
+            Clear(WEB, "daily"),
+            Freeze(WEB, "daily", "job"),
         ),
     ],
 )

@@ -125,6 +125,28 @@ def test_clear_forgets_what_was_written_before(host):
     check_nothing_leaks(host)
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_clear_and_merge_at_one_instant_replace_what_there_is(host, persistent):
+    change(host, Add(WEB, "daily", granularity=CLUSTER, persistent=persistent))
+    write(host, 1)
+    change(host, add("newer"))
+    write(host, 2)
+    change(
+        host,
+        Clear(WEB, "daily"),
+        Merge(WEB, "daily", [(WEB, "newer")]),
+        Disable(WEB, "daily"),
+        Clear(WEB, "newer"),
+    )
+    write(host, 3)
+
+    assert (dirty(host, "daily"), dirty(host, "newer")) == ({2}, {3})
+    host.crash()
+    host.open()
+    assert (dirty(host, "daily"), dirty(host, "newer")) == ({2}, {3})
+    check_nothing_leaks(host)
+
+
 def test_disabled_bitmap_stays_as_it_is_until_it_is_enabled(host):
     change(host, add("daily"))
     write(host, 1)
