@@ -445,8 +445,13 @@ def test_bitmaps_that_are_not_loaded_are_not_believed_later(host, tmpfs_path, en
     assert names(host) == set()
     with pytest.raises(NameTaken, match="not loaded"):
         change(host, add("daily"))
-    getattr(host, end)()
-    if end == "crash":
+    if end == "close":
+        host.close()
+    else:
+        host.crash()
+    if end == "reboot":
+        host.reboot()
+    elif end == "crash":
         # The next daemon of the same mount.
         host.open(has_bitmaps=False)
         assert names(host) == set()
