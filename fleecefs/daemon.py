@@ -81,6 +81,7 @@ class Daemon:
             is_first=self._generation == 0,
         )
         self._inventory.invalidate = self._channel.invalidate
+        self._inventory.bitmaps.containers.check_place = self._check_container
         self._jobs = Jobs(
             self._create_backups,
             self._events.emit,
@@ -219,6 +220,10 @@ class Daemon:
 
     def _create_backups(self, wanted: Sequence[BackupOptions | Step]) -> Sequence[Job]:
         return create_backups(self._inventory, wanted, self._check_target)
+
+    def _check_container(self, path: str) -> None:
+        check_outside(self._mountpoint, "container", path)
+        check_no_loop(self._mountpoint, "container", path)
 
     def _check_target(self, path: str) -> None:
         check_outside(self._mountpoint, "target", path)

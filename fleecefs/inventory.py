@@ -928,6 +928,7 @@ class Inventory:
 
         It is of use as long as nobody writes to the disk.
         """
+        self.bitmaps.containers.check_place(str(path))
         with self._control:
             self.check_open()
             return export_bitmaps(self.bitmaps.find(disk), path, names)
@@ -939,6 +940,7 @@ class Inventory:
 
         NotUsable if it is another disk, or has been written to since.
         """
+        self.bitmaps.containers.check_place(str(path))
         record = self._record_of(self.find_disk(disk))
         others = {UUID(r.id): r.name for r in self._state.disks if r is not record}
         step = Import(record, path, names, others)

@@ -228,3 +228,30 @@ def test_a_loop_device_of_another_mount_is_no_cycle(left, stack, tmpfs_path):
     assert first.live("disk.raw").read_bytes()[:4096] == b"x" * 4096
     assert second.snapshot("one", "x.raw").read_bytes()[:4096] != b"x" * 4096
     second.umount()
+
+
+# -- while it is mounted
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["bitmap add web.raw daily --container", "bitmap export web.raw", "bitmap attach"],
+)
+def test_a_file_of_bitmaps_on_the_mount_is_refused(mount, tmpfs_path, words):
+    mount.mount()
+    mount.cli("bitmap", "add", "web.raw", "there")
+    link = tmpfs_path / "link"
+    link.symlink_to(mount.point)
+
+    for path in mount.live("web.raw"), mount.point / "new", link / "snapshots/new":
+        command = words.split()
+        if command[-1] == "attach":
+            command += ["web.raw", "--container"]
+        done = mount.cli(*command, path)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"fleecefs: container {path}: would be on the mount itself, "
+            f"{mount.point}; put it elsewhere\n"
+        )
+    assert [b["name"] for b in mount.json("bitmap", "list")] == ["there"]
+    mount.umount()

@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -69,6 +69,10 @@ class OpenContainer:
     def _create(cls, path: Path, size: int) -> Self:
         """Make one under another name first: a part of one would be in the way."""
         made = path.with_name(path.name + ".new")
+        if not path.parent.is_dir():
+            raise NotUsable(
+                f"container {path}: there is no directory {path.parent}; make it"
+            )
         fd = _open(made, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_CREAT)
         try:
             _lock(fd, path)
@@ -156,10 +160,14 @@ class Containers:
     """The containers that are open, each once: several disks may share one."""
 
     def __init__(self) -> None:
+        # Raises NotUsable for a path that leads to our own mount: who waits for a file
+        # there waits for himself.
+        self.check_place: Callable[[str], None] = lambda path: None
         self._open: dict[tuple[int, int], OpenContainer] = {}
 
     def use(self, path: Path, size: int, *, create: bool = False) -> OpenContainer:
         """Return it open, for one disk more, of that size. See OpenContainer.open."""
+        self.check_place(str(path))
         container = self._find(path)
         if container is None:
             container = OpenContainer.open(path, size, create=create)

@@ -584,6 +584,22 @@ class DiskBitmaps:
             held.lose(reason)
         return held
 
+    def reach(self, held: HeldBitmap) -> None:
+        """Open the container of one that could not be read, if that is possible now.
+
+        What is left in ours the next mount would believe: OSError if nobody can tell.
+        """
+        place, name = held.record.container, held.record.name
+        if held.container is not None or place != self._place_of(None):
+            return
+        try:
+            container = self.container(place)
+        except (FileNotFoundError, NotUsable):
+            return
+        if name not in container.claimed:
+            container.claimed.add(name)
+            held.container = container
+
     def let_go(self, held: HeldBitmap) -> None:
         """Have a bitmap no more, but see to it until it is `gone`, or restored."""
         self._leaving.append(held)

@@ -45,7 +45,7 @@ class MountBitmaps:
         self._timeout = timeout
         self._save_state = save_state
         self._lost = lost
-        self._containers = Containers()
+        self.containers = Containers()
         self._disks: dict[str, DiskBitmaps] = {}
         self._ending = threading.Event()
         # A daemon thread: nobody is left to end it if the daemon fails.
@@ -69,7 +69,7 @@ class MountBitmaps:
             disk,
             runtime=self._runtime,
             state=self._state,
-            containers=self._containers,
+            containers=self.containers,
             timeout=self._timeout,
             save_state=self._save_state,
             lost=lambda name, reason: self._lost(record.name, name, reason),

@@ -188,6 +188,7 @@ class Remove:
     def prepare(self, find: FindDisk) -> None:
         self._bitmaps = find(self._disk)
         self._held = find_free(self._bitmaps, self._name)
+        self._bitmaps.reach(self._held)
         self._bitmaps.let_go(self._held)
         self._was_recording = self._held.bitmap.recording
 

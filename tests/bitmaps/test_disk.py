@@ -339,6 +339,34 @@ def test_bits_that_can_not_be_read(host, monkeypatch):
     assert sorted(map(str, reasons)) == ["Input/output error", "None"]
 
 
+@pytest.mark.logs("bitmap daily of web.raw: Input/output error")
+def test_bitmap_that_could_not_be_read_does_not_come_back_when_it_is_removed(
+    host, monkeypatch
+):
+    change(host, add("daily"))
+    write(host, 1)
+    host.close()
+    opening = failing(OpenContainer.open, 1, EIO, after=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenContainer, "open", opening)
+        host.open()
+    assert reason(host, "daily") == "Input/output error"
+    # As long as nobody can tell what is there, it stays.
+    with monkeypatch.context() as patch:
+        opening = failing(OpenContainer.open, 1, EIO, after=False)
+        patch.setattr(OpenContainer, "open", opening)
+        with pytest.raises(OSError, match="Input/output error"):
+            change(host, Remove(WEB, "daily"))
+    assert reason(host, "daily") == "Input/output error"
+    change(host, Remove(WEB, "daily"))
+    write(host, 9)
+    host.close()
+    host.open()
+
+    assert names(host) == set()
+    change(host, add("daily"))
+
+
 def test_container_that_another_program_has_open_is_told_before_anything_happens(host):
     change(host, add("daily"))
     write(host, 1)
