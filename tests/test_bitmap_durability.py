@@ -51,7 +51,7 @@ SIZE = 16 * CLUSTER
 AREA = 16 * KiB
 
 # Of what a power failure can leave we look at each so many-th: all are 13000.
-STRIDE = 11
+STRIDE = 23
 
 Units = frozenset[int]
 
