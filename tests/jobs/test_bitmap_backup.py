@@ -1527,3 +1527,25 @@ def back_up(host, told):
             await ended(job)
 
     trio.run(run)
+
+
+@pytest.mark.logs("failed")
+async def test_a_source_that_can_not_be_flushed_keeps_its_bitmap(
+    web, target, monkeypatch
+):
+    def fail():
+        raise OSError(errno.EIO, "injected into flush")
+
+    web.write("web.raw", b"x", 3 * CLUSTER)
+    bitmap = web.inventory.bitmaps.find("web.raw").held["b"].bitmap
+    before = bitmap.count
+    monkeypatch.setattr(web.inventory.disks["web.raw"], "flush", fail)
+    async with running(web) as jobs:
+        options = {**FALLBACK, "fallback": False}
+        (job,) = await start(jobs, wanted(filled(target, "." * 16), **options))
+        await ended(job)
+
+    assert job.error is not None
+    assert "injected" in job.error
+    assert bitmap.count == before > 0
+    monkeypatch.undo()
