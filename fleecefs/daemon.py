@@ -34,10 +34,11 @@ from fleecefs.fuse.data import DataThreads
 from fleecefs.fuse.mount import check_no_loop, check_outside, read_ahead, unmount
 from fleecefs.fuse.names import Names
 from fleecefs.inventory import RAM_LIMIT, Inventory, Options
-from fleecefs.jobs.backups import create_backups, resume_jobs
+from fleecefs.jobs.backups import create_backups
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.options import BackupOptions
 from fleecefs.jobs.registry import Jobs
+from fleecefs.jobs.resume import resume_jobs
 from fleecefs.jobs.target import busy_targets
 from fleecefs.killpoint import reached
 from fleecefs.state import runtime

@@ -13,7 +13,6 @@ import math
 import os
 import queue
 import shutil
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -45,10 +44,13 @@ from fleecefs.block.snapshot import Snapshot
 from fleecefs.block.store import Budget
 from fleecefs.errors import Busy, NameTaken, NoSpace, NotFound, NotUsable, describe
 from fleecefs.killpoint import reached
+from fleecefs.mirrors import DiskMirror, create_mirror, load_mirror
+from fleecefs.sources import Sources
 from fleecefs.state import runtime
 from fleecefs.state.directory import (
     DiskRecord,
     EpochRecord,
+    MirrorRecord,
     PrivateRecord,
     SnapshotFileRecord,
     SnapshotRecord,
@@ -66,6 +68,9 @@ SNAPSHOTS_INODE = 2
 
 # Named snapshots live for hours: the RAM tier takes the first burst of a busy guest.
 RAM_LIMIT = 128 * MiB
+
+# The guest is held back while a disk that is to move waits for its turn.
+_MOVE_SECONDS = 0.05
 
 _CHANGED = "the source was changed while it was not mounted"
 
@@ -176,7 +181,9 @@ class Inventory:
         self._has_closed = False
         # Disks whose sources somebody else has changed.
         self._changed: set[str] = set()
-        self._sources: dict[UUID, RawImage] = {}
+        self.sources = Sources()
+        # By the key of their job.
+        self.mirrors: dict[str, DiskMirror] = {}
         self._epoch_files: dict[Epoch, EpochFiles] = {}
         # Snapshots that broke under a guest's write; None ends the thread.
         self._broken: queue.SimpleQueue[tuple[Disk, Epoch, str] | None]
@@ -228,6 +235,9 @@ class Inventory:
         state = self._state
         state.snapshots = [entry for entry in state.snapshots if entry.is_created]
         state.private = [p for p in state.private if self._is_kept(p, sources)]
+        state.mirrors = [
+            m for m in state.mirrors if self._has_job(m.key, m.disk, sources)
+        ]
         lost = set(self._lost_files())
         self._forget_disks(set(sources))
         for name, path in sources.items():
@@ -238,6 +248,8 @@ class Inventory:
             self._add_group(snapshot)
         for private in state.private:
             self._add_private(private)
+        for mirror in list(state.mirrors):
+            self._load_mirror(mirror)
         for record in state.disks:
             self._load_bitmaps(record)
         for name, disk_name, reason in set(self._lost_files()) - lost:
@@ -278,8 +290,11 @@ class Inventory:
         if self._end is End.HOST_CRASHED:
             # What was given up by then is not known any more.
             private.lost = private.lost or "the host went down"
-        has_job = (self.state_path / "jobs" / f"{private.key}.json").exists()
-        return private.is_created and private.disk in disks and has_job
+        return private.is_created and self._has_job(private.key, private.disk, disks)
+
+    def _has_job(self, key: str, disk: str, disks: Iterable[str]) -> bool:
+        """Tell whether there is a job that goes on, if its disk is mounted."""
+        return disk in disks and (self.state_path / "jobs" / f"{key}.json").exists()
 
     def _lost_files(self) -> Iterable[tuple[str, str, str]]:
         """Yield each broken part of a snapshot: snapshot, disk and reason."""
@@ -319,6 +334,9 @@ class Inventory:
                 for snapshot in self._state.snapshots
                 if any(file.disk == record.name for file in snapshot.files)
             ] + [f"bitmap {b.name!r}" for b in record.bitmaps if b.persistent]
+            if record.former_sources:
+                # Mounted again from where it was, it would be what it was then.
+                users.append("its move by a mirror")
             if users:
                 raise NotUsable(
                     f"state {self.state_path}: {users[0]} needs disk "
@@ -328,18 +346,18 @@ class Inventory:
             self._state.disks.remove(record)
 
     def _add_disk(self, name: str, path: Path) -> None:
-        source = RawImage.open_source(path)
         record = self._disk_record(name)
+        path, source = self.sources.open(path, record)
         if record is None:
             record = self._new_record(name, path, source)
-        self._sources[UUID(record.id)] = source
-        status = source.status()
-        if self._is_changed(record, source):
+        self.sources.add(record, source)
+        if self.sources.is_changed(record, self._state):
             self._lose_all(name, _CHANGED)
             self._changed.add(name)
         if record.size != source.size:
             record.epochs.clear()
             record.size = source.size
+            record.source_size = 0
         wanted = self.options.cluster_size
         if wanted is not None and wanted != record.cluster_size:
             if record.epochs:
@@ -352,7 +370,7 @@ class Inventory:
         elif not record.epochs and wanted is None:
             record.cluster_size = default_cluster_size(source.size)
         record.source = str(path)
-        record.source_inode = status.st_ino
+        record.source_inode = source.status().st_ino
         history = History(
             source,
             Requests(),
@@ -374,22 +392,6 @@ class Inventory:
             return LiveBits.open(path, owner)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return LiveBits.create(path, owner)
-
-    def _is_changed(self, record: DiskRecord, source: RawImage) -> bool:
-        """Tell whether a source is not what it was when it was last served.
-
-        A device node has another inode and other times after a boot: then only the
-        size is compared. After an unclean end the times are those of our own writes.
-        """
-        status = source.status()
-        if record.size != source.size:
-            return True
-        if stat.S_ISBLK(status.st_mode) and self._state.boot_id != runtime.boot_id():
-            return False
-        if record.source_inode != status.st_ino:
-            return True
-        is_same_time = record.source_mtime_ns == status.st_mtime_ns
-        return self._state.is_clean and not is_same_time
 
     def _disk_record(self, name: str) -> DiskRecord | None:
         return next((disk for disk in self._state.disks if disk.name == name), None)
@@ -487,6 +489,8 @@ class Inventory:
             # Whose jobs have not ended: they do not go on.
             for private in list(self.private.values()):
                 self._drop_private(private)
+            for mirror in list(self.mirrors.values()):
+                self._drop_mirror(mirror)
             self.bitmaps.close()
             reached("end.bitmaps")
             for epoch, files in list(self._epoch_files.items()):
@@ -513,18 +517,13 @@ class Inventory:
             self._close_files()
 
     def _settle_source(self, record: DiskRecord) -> None:
-        """Make a source durable, and remember what it looks like."""
-        disk = self.disks[record.name]
-        source = self._sources[disk.id]
         try:
-            disk.flush()
-            # All of it, times too: they tell whether it changes from now on.
-            os.fsync(source.fd)
+            try:
+                self.disks[record.name].flush()
+            finally:
+                self.sources.settle(record)
         except OSError as e:
             log.error("disk %s: %s", record.name, describe(e))
-        status = source.status()
-        record.source_inode = status.st_ino
-        record.source_mtime_ns = status.st_mtime_ns
 
     def _lose_at_end(self, epoch: Epoch, reason: str) -> None:
         for disk in self.disks.values():
@@ -537,8 +536,7 @@ class Inventory:
                 log.error("disk %s: a snapshot is lost: %s", disk.name, reason)
 
     def _close_files(self) -> None:
-        for source in self._sources.values():
-            source.close()
+        self.sources.close()
         os.close(self._runtime_lock)
         self._directory.close()
 
@@ -888,6 +886,119 @@ class Inventory:
         self._collect(private.disk)
         reached("private.dropped")
 
+    # -- mirrors
+
+    def create_mirror(
+        self, name: str, key: str, granularity: int, *, lacks_all: bool
+    ) -> DiskMirror:
+        """Record from now on what the target of a mirror lacks, for the job KEY.
+
+        All, or only what is written from now on. Raises NotFound for a disk, Busy if it
+        has a mirror, OSError if there is no room; then nothing is left.
+        """
+        with self._control:
+            self.check_open()
+            record = MirrorRecord(key, name, granularity)
+            disk, timeout = self.find_disk(name), _limit(self.options.cbw_timeout)
+            mirror = create_mirror(record, disk, self.runtime_path, timeout)
+            if lacks_all:
+                mirror.mirror.mark_dirty(0, disk.size)
+            self._state.mirrors.append(record)
+            try:
+                mirror.begin()
+                reached("mirror.begun")
+                self._directory.save(self._state)
+                reached("mirror.saved")
+            except BaseException:
+                self._state.mirrors.remove(record)
+                mirror.end()
+                raise
+            self.mirrors[key] = mirror
+            return mirror
+
+    def _load_mirror(self, record: MirrorRecord) -> None:
+        timeout = _limit(self.options.cbw_timeout)
+        disk, mirror = self.disks[record.disk], None
+        # Another source, or another boot: the bits say nothing any more.
+        if self._end is End.PROCESS_CRASHED and record.disk not in self._changed:
+            mirror = load_mirror(record, disk, self.runtime_path, timeout)
+        if mirror is None:
+            self._state.mirrors.remove(record)
+        else:
+            self.mirrors[record.key] = mirror
+
+    def end_mirror(self, mirror: DiskMirror) -> None:
+        """Record no longer for a mirror; no-op if that has been done."""
+        with self._control:
+            if not self._has_closed and mirror.record.key in self.mirrors:
+                self._drop_mirror(mirror)
+                self._save_gone()
+
+    def _drop_mirror(self, mirror: DiskMirror) -> None:
+        del self.mirrors[mirror.record.key]
+        self._state.mirrors.remove(mirror.record)
+        mirror.end()
+
+    def move_disk(self, mirror: DiskMirror, target: RawImage, path: Path) -> None:
+        """Let a disk live on the target of its mirror from now on.
+
+        The disk is drained, both are alike, and the target is durable. The state says
+        on which side the disk is, and that the mirror has ended, in one step: killed
+        before it, the disk is where it was, and afterwards on the target. Busy if the
+        inventory is being changed for too long, and whatever saving raises: then the
+        disk is where it was.
+        """
+        if not self._control.acquire(timeout=_MOVE_SECONDS):
+            raise Busy("the inventory is being changed")
+        try:
+            self.check_open()
+            disk, record = mirror.disk, self._record_of(mirror.disk)
+            before = replace(record)
+            self.sources.move(record, path, target)
+            self._state.mirrors.remove(mirror.record)
+            try:
+                self._directory.save(self._state)
+            except OSError as e:
+                # What the next daemon would find decides.
+                if not self._has_saved_source(record):
+                    vars(record).update(vars(before))
+                    self._state.mirrors.append(mirror.record)
+                    raise
+                log.error("%s; a crash of the host may undo the move", describe(e))
+            reached("move.saved")
+            disk.move(target)
+            self.sources.replace(disk.id, target)
+            del self.mirrors[mirror.record.key]
+            mirror.end()
+            reached("move.done")
+        finally:
+            self._control.release()
+        log.info(
+            "disk %s lives on %s now, moved from %s", disk.name, path, before.source
+        )
+
+    def _has_saved_source(self, record: DiskRecord) -> bool:
+        try:
+            state = self._directory.load()
+        except OSError:
+            return False
+        return state is not None and any(
+            disk.id == record.id and disk.source == record.source
+            for disk in state.disks
+        )
+
+    def lives_on(self, name: str, path: Path) -> bool:
+        """Tell whether a path is that of a disk's source."""
+        disk = self.disks.get(name)
+        return disk is not None and self._record_of(disk).source == str(path)
+
+    def forget_job(self, key: str) -> None:
+        """Let go of what is kept for a job that does not go on."""
+        if key in self.private:
+            self.delete_private(self.private[key])
+        if key in self.mirrors:
+            self.end_mirror(self.mirrors[key])
+
     # -- dirty bitmaps
 
     def change_bitmaps(self, steps: Sequence[Step]) -> None:
@@ -1080,12 +1191,6 @@ class Inventory:
 
     def sorted_snapshots(self) -> list[SnapshotGroup]:
         return sorted(self.snapshots.values(), key=lambda group: group.created_ns)
-
-    def source_status(self, disk: Disk) -> os.stat_result:
-        return self._sources[disk.id].status()
-
-    def source_status_by_id(self, disk_id: UUID) -> os.stat_result:
-        return self._sources[disk_id].status()
 
     def disk_by_id(self, disk_id: UUID) -> Disk:
         return next(disk for disk in self.disks.values() if disk.id == disk_id)

@@ -1,8 +1,9 @@
 """A live disk: what the guest reads and writes.
 
 The walk of a guest's write: range check here, then `History.preserve` for clusters that
-a snapshot still needs, then the dirty bitmaps, then the source. Every write is a
-registered request while it runs, so that a drained disk stands still.
+a snapshot still needs, then the dirty bitmaps, then the source, through the mirror if
+there is one. Every write is a registered request while it runs, so that a drained disk
+stands still.
 """
 
 import logging
@@ -14,9 +15,10 @@ from uuid import UUID
 from fleecefs.block.bitmap import LiveBits
 from fleecefs.block.dirty import Recorder
 from fleecefs.block.epoch import Epoch, History
-from fleecefs.block.extent import Mapped, clip, pieces
+from fleecefs.block.extent import Extent, Mapped, clip, pieces
 from fleecefs.block.image import Image, mapped_at
-from fleecefs.block.requests import Requests, drain_deadline
+from fleecefs.block.mirror import Mirror
+from fleecefs.block.requests import DRAIN_SECONDS_MAX, Requests, drain_deadline
 from fleecefs.errors import FlushFailed, NoSpace
 from fleecefs.killpoint import reached
 from fleecefs.units import KiB, MiB
@@ -64,6 +66,8 @@ class Disk:
         self.requests: Requests = history.requests
         # Replaced while the disk is drained; None while no bitmap records.
         self.recorder: Recorder | None = None
+        # Begins while the disk is drained; None while it has no mirror.
+        self.mirror: Mirror | None = None
         # Why no flush can succeed any more; the kernel may have dropped dirty pages.
         self.flush_error = live.note if live is not None else None
         # Of no bits, but with counters and a note that outlive the daemon.
@@ -117,7 +121,10 @@ class Disk:
             if self.recorder is not None:
                 self.recorder.record(offset, end)
             self._counters[_WRITES] += 1
-            written = self.source.pwrite(data, offset)
+            if self.mirror is None:
+                written = self.source.pwrite(data, offset)
+            else:
+                written = self.mirror.write(self.source, data, offset)
             reached("write.written")
             if durable:
                 self.flush()
@@ -133,14 +140,20 @@ class Disk:
             raise NoSpace("zeroes beyond the end of the disk")
         for extent in pieces(offset, offset + length, _PIECE_SIZE):
             with self._overwriting(extent.offset, extent.end):
-                self.source.zero(extent.length, extent.offset)
+                self._mirrored(self.source.zero, extent)
 
     def discard(self, length: int, offset: int) -> None:
         """Give a range's space back; it reads as zeroes. The end cuts it."""
         end = offset + clip(offset, length, self.size)
         for extent in pieces(offset, end, _PIECE_SIZE):
             with self._overwriting(extent.offset, extent.end):
-                self.source.discard(extent.length, extent.offset)
+                self._mirrored(self.source.discard, extent)
+
+    def _mirrored(self, overwrite: Callable[[int, int], None], extent: Extent) -> None:
+        if self.mirror is None:
+            overwrite(extent.length, extent.offset)
+        else:
+            self.mirror.zero(overwrite, extent.length, extent.offset)
 
     @contextmanager
     def _overwriting(self, offset: int, end: int) -> Iterator[None]:
@@ -206,14 +219,39 @@ class Disk:
         """Return the bytes of storage the source occupies."""
         return self.source.allocated()
 
+    def move(self, source: Image) -> None:
+        """Live on another source from now on, which is alike. The disk is drained.
 
-def drained(disks: list[Disk]) -> ExitStack:
+        Who reads from the one before reads what it was at this instant, and looks
+        afterwards at what is preserved; it is closed when nobody does any more.
+        """
+        self.source = self.history.source = source
+
+    # -- for data threads that are over their time
+
+    def has_late(self, now: float) -> bool:
+        """Tell whether `expire` has something to do."""
+        mirror = self.mirror
+        return self.history.has_late(now) or (
+            mirror is not None and mirror.has_late(now)
+        )
+
+    def expire(self, now: float) -> dict[int, OSError | None]:
+        """Give up requests that hang; return whose they were. See History.expire."""
+        outcome = self.history.expire(now)
+        if self.mirror is not None:
+            outcome.update(dict.fromkeys(self.mirror.expire(now)))
+        return outcome
+
+
+def drained(disks: list[Disk], seconds: float = DRAIN_SECONDS_MAX) -> ExitStack:
     """Return a context in which none of the disks is being written to.
 
-    Always in the same order, so that two of these can not wait for each other.
+    Always in the same order, so that two of these can not wait for each other. Busy if
+    running writes take longer than that.
     """
     stack = ExitStack()
-    deadline = drain_deadline()
+    deadline = drain_deadline(seconds)
     try:
         for disk in sorted(disks, key=lambda disk: disk.id):
             stack.enter_context(disk.requests.drained(deadline))

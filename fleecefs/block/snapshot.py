@@ -42,7 +42,6 @@ class Snapshot:
         self._allocated = allocated
         self._history = history
         self._requests = history.requests
-        self._source = history.source
         self._cluster_size = history.cluster_size
         self._shift = history.cluster_size.bit_length() - 1
         # What the source was found to be last. A search may take as long as the data
@@ -75,7 +74,7 @@ class Snapshot:
         plan = self._plan(first, stop)
         if plan is None:
             try:
-                data: bytes | memoryview = self._source.pread(length, offset)
+                data: bytes | memoryview = self._history.source.pread(length, offset)
             finally:
                 self._unregister()
         else:
@@ -145,7 +144,7 @@ class Snapshot:
         start = max((first + begin) << shift, offset)
         last = first + bits.find(1, right=True)
         end = min((last + 1) << shift, offset + len(buffer))
-        self._source.pread_into(buffer[start - offset : end - offset], start)
+        self._history.source.pread_into(buffer[start - offset : end - offset], start)
 
     # -- for jobs
 
@@ -228,7 +227,7 @@ class Snapshot:
             epoch, run_stop = self._holder(first, stop)
             if epoch is not None or known.offset <= offset < known.end:
                 break
-            known = self._known = mapped_at(self._source, offset, self.size)
+            known = self._known = mapped_at(self._history.source, offset, self.size)
         where = known.where
         if epoch is None:
             end = min(known.end, run_stop << self._shift, end)

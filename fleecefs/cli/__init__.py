@@ -16,6 +16,7 @@ from fleecefs.cli.edge import Program
 from fleecefs.cli.events import events
 from fleecefs.cli.job import job
 from fleecefs.cli.map import map_file
+from fleecefs.cli.mirror import mirror
 from fleecefs.cli.mount import mount
 from fleecefs.cli.options import mount_option_of_program
 from fleecefs.cli.restart import restart
@@ -57,6 +58,7 @@ for command in (
     map_file,
     snapshot,
     backup,
+    mirror,
     bitmap,
     verify,
     job,

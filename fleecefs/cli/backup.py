@@ -15,6 +15,8 @@ from fleecefs.cli.options import (
     complete_disks,
     complete_paths,
     mount_option,
+    on_source_error_option,
+    on_target_error_option,
     seconds,
     size,
 )
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from fleecefs.control.results import DirtyBitmap, Status
 
 _FORMAT = click.Choice(["raw", "qcow2"])
-_ON_ERROR = click.Choice(["report", "ignore", "stop", "enospc", "auto"])
 
 
 @click.command(short_help="Copy a disk as it is now, while it is in use.")
@@ -82,17 +83,8 @@ _ON_ERROR = click.Choice(["report", "ignore", "stop", "enospc", "auto"])
     callback=size,
     help="Bytes a second, of each disk.  [default: no limit]",
 )
-@click.option(
-    "--on-source-error",
-    type=_ON_ERROR,
-    help="If the disk can not be read.  [default: report]",
-)
-@click.option(
-    "--on-target-error",
-    type=_ON_ERROR,
-    help="If TARGET can not be written: fail (report), try again (ignore), pause"
-    " (stop), or pause if it is full (enospc).  [default: report]",
-)
+@on_source_error_option
+@on_target_error_option
 @click.option(
     "--on-cbw-error",
     type=click.Choice(["break-snapshot", "break-guest-write"]),

@@ -39,8 +39,17 @@ def is_over(job: "Job") -> bool:
 
 
 def is_settled(job: "Job") -> bool:
-    """Whether a job does not go on unless told to."""
-    return is_over(job) or (job["status"] == "pending" and not job["auto-finalize"])
+    """Whether a job does not come to an end unless told to."""
+    return (
+        is_over(job)
+        or is_ready(job)
+        or (job["status"] == "pending" and not job["auto-finalize"])
+    )
+
+
+def is_ready(job: "Job") -> bool:
+    """Whether the target of a mirror is like its disk, and follows it."""
+    return job["status"] in ("ready", "standby")
 
 
 def follow(ids: Sequence[str], as_json: bool) -> "list[Job]":
@@ -88,7 +97,8 @@ def find_problem(job: "Job") -> str | None:
     """Return what went wrong with a job, if something did."""
     if job["cancelled"]:
         # Nothing else ends such a backup.
-        is_normal = job["sync"] == "none" and job["error"] == "cancelled"
+        is_endless = job["type"] == "backup" and job["sync"] == "none"
+        is_normal = is_endless and job["error"] == "cancelled"
         return None if is_normal else f"job {job['id']} was {job['error']}"
     if job["error"] is not None:
         return f"job {job['id']} failed: {job['error']}"
@@ -97,6 +107,12 @@ def find_problem(job: "Job") -> str | None:
 
 def describe_end(job: "Job") -> str:
     """Return how a job ended well, or that it waits for people."""
+    if is_ready(job):
+        return (
+            f"job {job['id']} is ready, {job['target']} follows the disk:"
+            f" 'fleecefs job complete {job['id']}' moves the disk to it,"
+            f" 'fleecefs job cancel {job['id']}' leaves it a copy"
+        )
     if job["status"] == "pending":
         return f"job {job['id']} waits for 'fleecefs job finalize {job['id']}'"
     elapsed = max(job["elapsed"], 1e-3)
@@ -106,6 +122,10 @@ def describe_end(job: "Job") -> str:
     text = f"job {job['id']} {word}: {took}, {speed}; {describe_waits(job['cost'])}"
     if job["fell-back"] is not None:
         text += f"; a full backup, because {job['fell-back']}"
+    if job["type"] == "mirror":
+        held = format_duration(job["held"])
+        what = "the disk lives there now" if job["moved"] else "a copy of the disk"
+        text += f", the longest hold {held}; {job['target']}: {what}"
     return text
 
 
@@ -129,11 +149,24 @@ def describe_space(cost: "Cost") -> str:
     )
 
 
+def describe_own(job: "Job") -> list[tuple[str, str]]:
+    """Return what only jobs of its kind have to tell while they go on."""
+    if job["type"] != "mirror":
+        return [("kept", describe_space(job["cost"]))]
+    mode = "actively synced" if job["actively-synced"] else job["copy-mode"]
+    dirtied = f"{format_size(int(job['dirty-rate']))}/s become dirty, {mode}"
+    return [("writes", dirtied)]
+
+
 def describe_pace(job: "Job") -> str:
     """Return how fast a job is and how long it takes, or why it does nothing."""
     if job["status"] in ("running", "ready"):
-        left = format_time_left(job["eta"])
-        return f"{format_size(int(job['speed-now']))}/s, {left} left"
+        speed = f"{format_size(int(job['speed-now']))}/s"
+        if is_ready(job):
+            return f"ready, {speed}"
+        if not job.get("converges", True):
+            return f"{speed}, does not converge"
+        return f"{speed}, {format_time_left(job['eta'])} left"
     if job["io-status"] == "nospace":
         return f"{job['status']}: no space in target"
     if job["io-status"] == "failed":
@@ -289,6 +322,6 @@ def _render(jobs: "list[Job]") -> "RenderableType":
             Text(f"{format_size(job['current'])}/{format_size(job['total'])}"),
             Text(describe_pace(job)),
         )
-        kept = f"  kept {describe_space(job['cost'])}"
-        parts += [row, Text(f"  {describe_waits(job['cost'])}"), Text(kept)]
+        parts += [row, Text(f"  {describe_waits(job['cost'])}")]
+        parts += [Text(f"  {title} {text}") for title, text in describe_own(job)]
     return Group(*parts)

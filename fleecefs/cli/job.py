@@ -19,6 +19,7 @@ from fleecefs.cli.text import (
 from fleecefs.units import format_size
 
 if TYPE_CHECKING:
+    from fleecefs.control.client import Client
     from fleecefs.control.results import Job
 
 _one_id = click.argument("job_id", metavar="ID", shell_complete=complete_jobs)
@@ -90,14 +91,15 @@ def show(as_json: bool, job_id: str) -> None:
 @click.option(
     "--json", "as_json", is_flag=True, help="Print what became of them as JSON."
 )
+@click.option("--ready", is_flag=True, help="Or until they are mirrors that are ready.")
 @_ids
-def wait(as_json: bool, ids: tuple[str, ...]) -> None:
+def wait(as_json: bool, ready: bool, ids: tuple[str, ...]) -> None:
     """Wait until jobs have ended. The exit status is 4 if one ended with an error.
 
     Ctrl-C leaves them running.
     """
     try:
-        jobs = follow.wait(ids, follow.is_over)
+        jobs = follow.wait(ids, follow.is_settled if ready else follow.is_over)
     except KeyboardInterrupt:
         follow.leave(ids)
     if as_json:
@@ -109,28 +111,76 @@ def _verb(name: str, help: str) -> None:
     """Add a command that tells jobs something."""
 
     def tell(ctx: click.Context, ids: tuple[str, ...]) -> None:
-        from fleecefs.control.client import CommandFailed
-
-        statuses = []
-        with connect() as client:
-            for each in ids:
-                try:
-                    client.execute(f"job-{name}", id=each)
-                except CommandFailed as e:
-                    # As rm: the others are told nevertheless.
-                    statuses.append(report(e))
-        if statuses:
-            ctx.exit(statuses[0])
+        _tell_all(ctx, ids, lambda client, each: client.execute(f"job-{name}", id=each))
 
     decorated: Callable[..., None] = _ids(mount_option(click.pass_context(tell)))
     job.command(name, help=help)(decorated)
 
 
+def _tell_all(
+    ctx: click.Context,
+    ids: tuple[str, ...],
+    tell: "Callable[[Client, str], object]",
+) -> None:
+    """Tell jobs something, all of them; exit with the status of the first refusal."""
+    from fleecefs.control.client import CommandFailed
+
+    statuses = []
+    with connect() as client:
+        for each in ids:
+            try:
+                tell(client, each)
+            except CommandFailed as e:
+                # As rm: the others are told nevertheless.
+                statuses.append(report(e))
+    if statuses:
+        ctx.exit(statuses[0])
+
+
 _verb("pause", "Let jobs rest; what the guest overwrites is kept for them.")
 _verb("resume", "Let jobs go on, also after a pause for an error.")
-_verb("cancel", "End jobs without a result, together with their group.")
+_verb("complete", "Move the disks of mirrors that are ready to their targets.")
 _verb("finalize", "Let jobs end that wait for it (--no-auto-finalize).")
 _verb("dismiss", "Forget jobs that have ended (--no-auto-dismiss).")
+
+
+@job.command()
+@mount_option
+@click.option("--force", is_flag=True, help="At once, also if it is ready or paused.")
+@_ids
+@click.pass_context
+def cancel(ctx: click.Context, force: bool, ids: tuple[str, ...]) -> None:
+    """End jobs without a result, together with their group.
+
+    A mirror that is ready ends with one: its target is a copy of the disk of this
+    moment, unless it is done by force.
+    """
+
+    def tell(client: "Client", job_id: str) -> None:
+        found = cast("Job", client.execute("fleecefs-job-show", id=job_id))
+        if follow.is_ready(found) and not force:
+            client.execute("block-job-cancel", device=job_id)
+        else:
+            client.execute("job-cancel", id=job_id)
+
+    _tell_all(ctx, ids, tell)
+
+
+@job.command()
+@mount_option
+@click.option(
+    "--copy-mode",
+    type=click.Choice(["background", "write-blocking"]),
+    required=True,
+    help="When what the guest writes comes to the target: later, or before its write"
+    " is answered.",
+)
+@_one_id
+def change(copy_mode: str, job_id: str) -> None:
+    """Change how a mirror goes on: from background to write-blocking."""
+    arguments = {"type": "mirror", "copy-mode": copy_mode}
+    with connect() as client:
+        client.execute("block-job-change", id=job_id, **arguments)
 
 
 @job.command("set-speed")
@@ -174,7 +224,7 @@ def _print_details(shown: "Job") -> None:
         "pace": follow.describe_pace(shown),
         "limit": limit,
         "guest": follow.describe_waits(shown["cost"]),
-        "kept": follow.describe_space(shown["cost"]),
+        **dict(follow.describe_own(shown)),
     }
     if follow.is_over(shown):
         del lines["pace"]

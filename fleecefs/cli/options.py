@@ -116,6 +116,20 @@ def _remember_mount(
         ctx.meta[MOUNT_KEY] = mount
 
 
+_ON_ERROR = click.Choice(["report", "ignore", "stop", "enospc", "auto"])
+
+on_source_error_option = click.option(
+    "--on-source-error",
+    type=_ON_ERROR,
+    help="If the disk can not be read.  [default: report]",
+)
+on_target_error_option = click.option(
+    "--on-target-error",
+    type=_ON_ERROR,
+    help="If TARGET can not be written: fail (report), try again (ignore), pause"
+    " (stop), or pause if it is full (enospc).  [default: report]",
+)
+
 # After the command ...
 mount_option = click.option(
     "-m",

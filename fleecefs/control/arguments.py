@@ -3,10 +3,13 @@
 So a handler is an ordinary method with ordinary parameters.
 """
 
+import enum
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 from fleecefs.control.qmp import Message, QmpError
+
+Word = TypeVar("Word", bound=enum.Enum)
 
 Handler = Callable[..., Awaitable[object]]
 
@@ -80,6 +83,22 @@ def one_of(*words: str) -> Argument:
 def optional(argument: Argument) -> Argument:
     """Return the same argument, which may be left out."""
     return argument._replace(required=False)
+
+
+def check_at_least_0(arguments: Message, name: str) -> None:
+    """Raise QmpError for a number that is negative, if it is there."""
+    if cast("float", arguments.get(name, 0)) < 0:
+        raise QmpError(f"Parameter {name!r} expects a value of at least 0")
+
+
+def word(arguments: Message, name: str, kind: type[Word]) -> Word | None:
+    """Return the member of an enumeration that an argument is, if it is there."""
+    return kind(arguments[name]) if name in arguments else None
+
+
+def words_of(kind: type[enum.Enum]) -> Argument:
+    """Return an argument that is a member of an enumeration."""
+    return one_of(*(member.value for member in kind))
 
 
 def check_arguments(arguments: Message, expected: dict[str, Argument]) -> None:

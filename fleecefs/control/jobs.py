@@ -5,8 +5,10 @@ deprecated them in favour of job-*.
 """
 
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import cast
 
+from fleecefs.block.mirror import GRANULARITY
 from fleecefs.control.arguments import (
     BOOLEAN,
     INTEGER,
@@ -16,14 +18,18 @@ from fleecefs.control.arguments import (
     Command,
     Handler,
     check_arguments,
+    check_at_least_0,
     one_of,
     optional,
+    word,
+    words_of,
 )
 from fleecefs.control.bitmaps import absolute
-from fleecefs.control.qmp import Message
+from fleecefs.control.qmp import Message, QmpError
 from fleecefs.control.transactions import (
     BACKUP,
     BACKUP_ARGUMENTS,
+    WORKERS_MAX,
     backup_options,
     transact,
 )
@@ -31,7 +37,17 @@ from fleecefs.errors import Refused
 from fleecefs.inventory import Inventory
 from fleecefs.jobs.held import CheckPlace
 from fleecefs.jobs.job import Job
-from fleecefs.jobs.options import Format, VerifyOptions
+from fleecefs.jobs.mirrors import create_mirror
+from fleecefs.jobs.options import (
+    BUF_SIZE,
+    MIRROR_WORKERS,
+    CopyMode,
+    Format,
+    MirrorOptions,
+    OnError,
+    Sync,
+    VerifyOptions,
+)
 from fleecefs.jobs.registry import Jobs
 from fleecefs.jobs.verify import create_verify
 
@@ -42,8 +58,26 @@ VERIFY_ARGUMENTS = {
     "device": STRING,
     "target": STRING,
     "bitmap": optional(STRING),
-    "format": optional(one_of(*(format.value for format in Format))),
+    "format": optional(words_of(Format)),
     "speed": optional(INTEGER),
+    "auto-dismiss": optional(BOOLEAN),
+}
+
+MIRROR_ARGUMENTS = {
+    "job-id": optional(STRING),
+    "device": STRING,
+    "target": STRING,
+    "sync": words_of(Sync),
+    "speed": optional(INTEGER),
+    "granularity": optional(INTEGER),
+    "buf-size": optional(INTEGER),
+    "on-source-error": optional(words_of(OnError)),
+    "on-target-error": optional(words_of(OnError)),
+    "copy-mode": optional(words_of(CopyMode)),
+    "converge": optional(one_of("auto")),
+    "target-is-zero": optional(BOOLEAN),
+    "max-workers": optional(INTEGER),
+    "auto-finalize": optional(BOOLEAN),
     "auto-dismiss": optional(BOOLEAN),
 }
 
@@ -60,23 +94,32 @@ class JobCommands:
         of_job = {"id": STRING}
         table = {
             BACKUP: Command(self._backup, BACKUP_ARGUMENTS),
+            "blockdev-mirror": Command(self._mirror, MIRROR_ARGUMENTS),
             "transaction": Command(
                 self._transaction,
                 {"actions": OBJECTS, "properties": optional(OBJECT)},
             ),
             "query-jobs": Command(self._query_jobs, {}),
             "query-block-jobs": Command(self._query_block_jobs, {}),
-            "job-pause": Command(self._telling(Job.pause), of_job),
-            "job-resume": Command(self._telling(Job.resume), of_job),
-            "job-cancel": Command(self._telling(Job.cancel), of_job),
-            "job-complete": Command(self._telling(Job.complete), of_job),
-            "job-finalize": Command(self._telling(Job.finalize), of_job),
-            "job-dismiss": Command(self._telling(Job.dismiss), of_job),
+            "job-pause": Command(self._telling(methodcaller("pause")), of_job),
+            "job-resume": Command(self._telling(methodcaller("resume")), of_job),
+            "job-cancel": Command(self._telling(methodcaller("cancel")), of_job),
+            "job-complete": Command(self._telling(methodcaller("complete")), of_job),
+            "job-finalize": Command(self._telling(methodcaller("finalize")), of_job),
+            "job-dismiss": Command(self._telling(methodcaller("dismiss")), of_job),
             "block-job-set-speed": Command(
                 self._set_speed, {"device": STRING, "speed": INTEGER}
             ),
             "block-job-cancel": Command(
                 self._block_job_cancel, {"device": STRING, "force": optional(BOOLEAN)}
+            ),
+            "block-job-change": Command(
+                self._change,
+                {
+                    "id": STRING,
+                    "type": one_of("mirror"),
+                    "copy-mode": words_of(CopyMode),
+                },
             ),
             "fleecefs-verify": Command(self._verify, VERIFY_ARGUMENTS),
             "fleecefs-job-list": Command(self._list, {}),
@@ -99,6 +142,15 @@ class JobCommands:
         await transact(
             self._inventory, self._jobs, actions, is_grouped=mode == "grouped"
         )
+        return {}
+
+    async def _mirror(self, **arguments: object) -> Message:
+        options = mirror_options(arguments)
+
+        def create() -> Sequence[Job]:
+            return [create_mirror(self._inventory, options, self._check_place)]
+
+        await self._jobs.start([options.job_id], create)
         return {}
 
     async def _verify(self, **arguments: object) -> Message:
@@ -130,7 +182,17 @@ class JobCommands:
         job = self._jobs.get(device)
         if job.is_user_paused and not force:
             raise Refused(f"job {device!r} is paused: resume it, or use force")
-        job.cancel()
+        if force:
+            job.cancel()
+        else:
+            job.cancel_softly()
+        return {}
+
+    async def _change(self, id: str, type: str, **arguments: object) -> Message:
+        job = self._jobs.get(id)
+        if job.type != type:
+            raise Refused(f"job {id!r} is a {job.type} job, not a {type} job")
+        job.change(CopyMode(arguments["copy-mode"]))
         return {}
 
     def _when_resumed(self, handler: Handler) -> Handler:
@@ -150,6 +212,36 @@ class JobCommands:
             return {}
 
         return handler
+
+
+def mirror_options(arguments: Message) -> MirrorOptions:
+    """Return what the arguments of a mirror say, once their types were checked."""
+    for name in ("speed", "granularity", "buf-size"):
+        check_at_least_0(arguments, name)
+    workers = cast("int", arguments.get("max-workers", MIRROR_WORKERS))
+    if not 1 <= workers <= WORKERS_MAX:
+        raise QmpError(
+            f"Parameter 'max-workers' expects a value from 1 to {WORKERS_MAX}"
+        )
+    device = str(arguments["device"])
+    return MirrorOptions(
+        device=device,
+        target=absolute("target", str(arguments["target"])),
+        job_id=str(arguments.get("job-id", device)),
+        sync=Sync(arguments["sync"]),
+        speed=cast("int", arguments.get("speed", 0)),
+        # As in QEMU, 0 is what there is without it.
+        granularity=cast("int", arguments.get("granularity", 0)) or GRANULARITY,
+        buf_size=cast("int", arguments.get("buf-size", 0)) or BUF_SIZE,
+        on_source_error=word(arguments, "on-source-error", OnError) or OnError.REPORT,
+        on_target_error=word(arguments, "on-target-error", OnError) or OnError.REPORT,
+        copy_mode=word(arguments, "copy-mode", CopyMode) or CopyMode.BACKGROUND,
+        is_auto="converge" in arguments,
+        target_is_zero=bool(arguments.get("target-is-zero", False)),
+        workers=workers,
+        auto_finalize=bool(arguments.get("auto-finalize", True)),
+        auto_dismiss=bool(arguments.get("auto-dismiss", True)),
+    )
 
 
 def verify_options(arguments: Message) -> VerifyOptions:

@@ -153,6 +153,18 @@ Job = TypedDict(
         "extents": NotRequired[list[list[int]]],
         # The bytes that are dirty in the bitmap, in whole bits.
         "dirty": NotRequired[int | None],
+        # From here on of a mirror.
+        "copy-mode": NotRequired[str],
+        # Whether the target has every write before it is answered.
+        "actively-synced": NotRequired[bool],
+        # What the guest makes dirty, in bytes a second of whole granules.
+        "dirty-rate": NotRequired[float],
+        # False: the guest writes faster than is copied.
+        "converges": NotRequired[bool],
+        # For how long writers were held at instants, at the most.
+        "held": NotRequired[float],
+        # Whether the disk lives on the target now.
+        "moved": NotRequired[bool],
     },
 )
 

@@ -4,9 +4,8 @@ The actions of a transaction are backups and what is done to bitmaps, in any ord
 one snapshot and what is done to bitmaps.
 """
 
-import enum
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import trio
 
@@ -21,8 +20,11 @@ from fleecefs.control.arguments import (
     STRING,
     STRINGS,
     check_arguments,
+    check_at_least_0,
     one_of,
     optional,
+    word,
+    words_of,
 )
 from fleecefs.control.bitmaps import absolute
 from fleecefs.control.qmp import Message, QmpError
@@ -43,24 +45,24 @@ WORKERS_MAX = 256
 BACKUP = "blockdev-backup"
 SNAPSHOT = "fleecefs-snapshot-create"
 
-_ON_ERROR = one_of(*(policy.value for policy in OnError))
-_FORMAT = one_of(*(format.value for format in Format))
+_ON_ERROR = words_of(OnError)
+_FORMAT = words_of(Format)
 
 BACKUP_ARGUMENTS = {
     "job-id": optional(STRING),
     "device": STRING,
     "target": STRING,
-    "sync": one_of(*(sync.value for sync in Sync)),
+    "sync": words_of(Sync),
     "speed": optional(INTEGER),
     "on-source-error": optional(_ON_ERROR),
     "on-target-error": optional(_ON_ERROR),
-    "on-cbw-error": optional(one_of(*(policy.value for policy in OnCbwError))),
+    "on-cbw-error": optional(words_of(OnCbwError)),
     "cbw-timeout": optional(NUMBER),
     "max-workers": optional(INTEGER),
     "auto-finalize": optional(BOOLEAN),
     "auto-dismiss": optional(BOOLEAN),
     "bitmap": optional(STRING),
-    "bitmap-mode": optional(one_of(*(mode.value for mode in BitmapMode))),
+    "bitmap-mode": optional(words_of(BitmapMode)),
     "format": optional(_FORMAT),
     "backing": optional(STRING),
     "backing-format": optional(_FORMAT),
@@ -151,8 +153,8 @@ def create_snapshot(
 
 def backup_options(arguments: Message) -> BackupOptions:
     """Return what the arguments of a backup say, once their types were checked."""
-    _check_at_least_0(arguments, "speed")
-    _check_at_least_0(arguments, "cbw-timeout")
+    check_at_least_0(arguments, "speed")
+    check_at_least_0(arguments, "cbw-timeout")
     workers = cast("int", arguments.get("max-workers", WORKERS))
     if not 1 <= workers <= WORKERS_MAX:
         raise QmpError(
@@ -166,33 +168,17 @@ def backup_options(arguments: Message) -> BackupOptions:
         job_id=str(arguments.get("job-id", device)),
         sync=Sync(arguments["sync"]),
         speed=cast("int", arguments.get("speed", 0)),
-        on_source_error=_on_error(arguments, "on-source-error"),
-        on_target_error=_on_error(arguments, "on-target-error"),
-        on_cbw_error=_word(arguments, "on-cbw-error", OnCbwError),
+        on_source_error=word(arguments, "on-source-error", OnError) or OnError.REPORT,
+        on_target_error=word(arguments, "on-target-error", OnError) or OnError.REPORT,
+        on_cbw_error=word(arguments, "on-cbw-error", OnCbwError),
         cbw_timeout=cast("float | None", arguments.get("cbw-timeout")),
         workers=workers,
         auto_finalize=bool(arguments.get("auto-finalize", True)),
         auto_dismiss=bool(arguments.get("auto-dismiss", True)),
         bitmap=cast("str | None", arguments.get("bitmap")),
-        bitmap_mode=_word(arguments, "bitmap-mode", BitmapMode),
+        bitmap_mode=word(arguments, "bitmap-mode", BitmapMode),
         format=Format(arguments.get("format", Format.RAW.value)),
         backing=None if backing is None else absolute("backing", str(backing)),
-        backing_format=_word(arguments, "backing-format", Format),
+        backing_format=word(arguments, "backing-format", Format),
         fallback="fallback" in arguments,
     )
-
-
-def _check_at_least_0(arguments: Message, name: str) -> None:
-    if cast("float", arguments.get(name, 0)) < 0:
-        raise QmpError(f"Parameter {name!r} expects a value of at least 0")
-
-
-_Word = TypeVar("_Word", bound=enum.Enum)
-
-
-def _word(arguments: Message, name: str, kind: type[_Word]) -> _Word | None:
-    return kind(arguments[name]) if name in arguments else None
-
-
-def _on_error(arguments: Message, name: str) -> OnError:
-    return OnError(arguments.get(name, OnError.REPORT.value))

@@ -322,7 +322,7 @@ class DataThreads:
                     self._wanted = max(_THREADS_MIN, self._wanted - 1)
             else:
                 self._wanted = max(_THREADS_MIN, self._wanted - 1)
-            if any(disk.history.has_late(time.monotonic()) for disk in self._disks()):
+            if any(disk.has_late(time.monotonic()) for disk in self._disks()):
                 # Breaking a snapshot may have to wait for reads, which need threads.
                 self._start_thread(self._relieve)
 
@@ -349,7 +349,7 @@ class DataThreads:
         """Serve the requests of threads whose copy is over its time elsewhere."""
         now = time.monotonic()
         for disk in self._disks():
-            for ident, error in disk.history.expire(now).items():
+            for ident, error in disk.expire(now).items():
                 # Taken out: a thread that hangs does not count as one that serves.
                 hanging = self._workers.pop(ident)
                 request = hanging.request()

@@ -146,7 +146,7 @@ class Names(pyfuse3.Operations):
         return entry
 
     def _fill_disk(self, entry: EntryAttributes, disk: Disk) -> None:
-        status = self._inventory.source_status(disk)
+        status = self._inventory.sources.status(disk.id)
         entry.st_mode = stat.S_IFREG | (status.st_mode & 0o666)
         entry.st_nlink = 1
         entry.st_uid, entry.st_gid = status.st_uid, status.st_gid
@@ -158,7 +158,7 @@ class Names(pyfuse3.Operations):
         entry.entry_timeout = entry.attr_timeout = _DISK_SECONDS
 
     def _fill_snapshot(self, entry: EntryAttributes, snapshot: Snapshot) -> None:
-        status = self._inventory.source_status_by_id(snapshot.disk_id)
+        status = self._inventory.sources.status(snapshot.disk_id)
         entry.st_mode = stat.S_IFREG | (status.st_mode & 0o444)
         entry.st_nlink = 1
         entry.st_uid, entry.st_gid = status.st_uid, status.st_gid

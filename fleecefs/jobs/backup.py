@@ -60,8 +60,6 @@ class BackupJob(Job):
         self._inventory = inventory
         self._record = record
         self._has_cleaned = False
-        # The ids of those it ends with, until its transaction knows.
-        self.group = [self.id]
         # None once it has been let go of.
         self._private: PrivateSnapshot | None = private
         self._target = target

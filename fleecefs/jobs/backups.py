@@ -157,35 +157,6 @@ def _open_target(
     return create_qcow2(options.target, size, surroundings, backing)
 
 
-def resume_jobs(inventory: Inventory) -> list[list[BackupJob]]:
-    """Return the jobs of the daemon before, in groups that end together; blocking."""
-    groups: dict[tuple[str, ...], list[BackupJob]] = {}
-    for path in (inventory.state_path / "jobs").glob("*.json.new"):
-        # A crash has cut it short.
-        path.unlink()
-    for path in (inventory.state_path / "jobs").glob("*.json"):
-        record = Record(inventory, path.stem)
-        try:
-            job = _resume(inventory, record)
-        except (NotUsable, KeyError, ValueError, TypeError) as e:
-            log.error("job %s does not go on: %s", path.stem, e)
-            job = None
-        if job is None:
-            private = inventory.private.get(record.key)
-            record.remove()
-            if private is not None:
-                inventory.delete_private(private)
-            continue
-        groups.setdefault(tuple(job.group), []).append(job)
-    for jobs in groups.values():
-        jobs.sort(key=lambda job: job.created)
-        # All are told so before the first commits: if one was not, none has.
-        is_committing = all(job.is_committing for job in jobs)
-        for job in jobs:
-            job.is_committing = is_committing
-    return sorted(groups.values(), key=lambda jobs: jobs[0].created)
-
-
 def _reopen_target(options: BackupOptions, size: int, *, is_new: bool) -> Target:
     if options.format is Format.RAW:
         return reopen_target(options.target, size, is_new=is_new)
@@ -198,8 +169,8 @@ def _reopen_target(options: BackupOptions, size: int, *, is_new: bool) -> Target
     return reopen_qcow2(options.target, size, backing)
 
 
-def _resume(inventory: Inventory, record: Record) -> BackupJob | None:
-    """Return a job that goes on, or None if it never began."""
+def resume_backup(inventory: Inventory, record: Record) -> BackupJob | None:
+    """Return a backup that goes on, or None if it never began."""
     told = record.told()
     options = options_of(told)
     private = inventory.private.get(record.key)
@@ -213,8 +184,7 @@ def _resume(inventory: Inventory, record: Record) -> BackupJob | None:
         error = e
     if private is None:
         if target is not None:
-            if not target.allocated():
-                target.remove()
+            target.remove_unused()
             target.close()
         return None
     job = BackupJob(inventory, private, target, options, record)

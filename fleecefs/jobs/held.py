@@ -70,6 +70,7 @@ async def in_thread(users: Users, function: Callable[[], _Result]) -> _Result:
 def surroundings_of(inventory: Inventory, check_place: CheckPlace) -> Surroundings:
     """Return what a target on this mount must not be."""
     sources = {
-        name: inventory.source_status(disk) for name, disk in inventory.disks.items()
+        name: inventory.sources.status(disk.id)
+        for name, disk in inventory.disks.items()
     }
     return Surroundings(sources, inventory.own_places(), check_place)

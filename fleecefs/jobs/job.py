@@ -30,7 +30,7 @@ import trio
 
 from fleecefs.errors import NotUsable, VerbRejected, describe
 from fleecefs.jobs.limit import RateLimit
-from fleecefs.jobs.options import Action, OnError, action_on
+from fleecefs.jobs.options import Action, CopyMode, OnError, action_on
 from fleecefs.jobs.progress import Progress
 from fleecefs.jobs.status import (
     MOVES,
@@ -98,6 +98,8 @@ class Job:
         self.emit: Emit = lambda name, data: None
         self.moved: Callable[[Job], None] = lambda job: None
         self.transaction: Transaction | None = None
+        # The ids of those it ends with, until its transaction knows.
+        self.group = [self.id]
         self._holds = 0
         self._in_flight = 0
         self._is_started = False
@@ -143,6 +145,15 @@ class Job:
         self.stop("cancelled")
         if self.transaction is not None:
             self.transaction.give_up(self)
+
+    def cancel_softly(self) -> None:
+        """End with a result what follows its source, at that moment; else cancel."""
+        self.cancel()
+
+    def change(self, copy_mode: CopyMode) -> None:
+        """Change when what the guest writes is copied."""
+        check_verb(self.id, self.status, JobVerb.CHANGE)
+        raise VerbRejected(f"a {self.type} job has no copy mode to change")
 
     def complete(self) -> None:
         """End with a result what would follow its source for ever."""
@@ -204,6 +215,10 @@ class Job:
         if self._holds == 0:
             self._resumed.set()
         self._settle()
+
+    def rest(self) -> None:
+        """Hold, and let nobody else be in its target for it: the daemon ends."""
+        self.hold()
 
     async def on_error(self, error: OSError, *, is_read: bool) -> None:
         """Do what the policy says: raise the error, or return to try again.
@@ -321,6 +336,7 @@ class Job:
             "auto-finalize": self.auto_finalize,
             "auto-dismiss": self.auto_dismiss,
             **self._error_member(),
+            **self.qemu_details(),
         }
 
     def describe_job(self) -> dict[str, Any]:
@@ -332,6 +348,7 @@ class Job:
             "current-progress": self.progress.current,
             "total-progress": self.progress.total,
             **self._error_member(),
+            **self.qemu_details(),
         }
 
     def describe(self) -> dict[str, Any]:
@@ -346,7 +363,7 @@ class Job:
             "total": self.progress.total,
             "speed": self.limit.speed,
             "speed-now": self.progress.speed() if is_copying else 0.0,
-            "eta": self.progress.eta() if is_copying else None,
+            "eta": self.eta() if is_copying else None,
             "user-paused": self.is_user_paused,
             "io-status": self.io_status,
             "cancelled": self.is_cancelled,
@@ -478,6 +495,14 @@ class Job:
     def save(self) -> None:
         """Remember what has to outlive the daemon; called when it has changed."""
 
+    def eta(self) -> float | None:
+        """Return the seconds that it takes if it goes on like this, if it does."""
+        return self.progress.eta()
+
     def details(self) -> dict[str, Any]:
         """Return what this kind of job tells people besides (control/results.py)."""
+        return {}
+
+    def qemu_details(self) -> dict[str, Any]:
+        """Return what QEMU's queries tell of this kind of job besides."""
         return {}

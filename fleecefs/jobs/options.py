@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleecefs.block.epoch import OnCbwError
+from fleecefs.block.mirror import GRANULARITY, GRANULARITY_MAX, GRANULARITY_MIN
 from fleecefs.errors import NotUsable
+from fleecefs.units import MiB, format_size
 
 # Beyond it a backup takes the guest's time and its target's, and is not faster.
 WORKERS = 24
+# QEMU's: so many copies at a time, of so much data together.
+MIRROR_WORKERS = 16
+BUF_SIZE = 16 * MiB
 
 
 class OnError(enum.Enum):
@@ -98,6 +103,39 @@ class BackupOptions:
     fell_back: str | None = None
 
 
+class CopyMode(enum.Enum):
+    """When what the guest writes comes to the target of a mirror."""
+
+    BACKGROUND = "background"  # later
+    WRITE_BLOCKING = "write-blocking"  # before its write is answered
+
+
+@dataclass(frozen=True)
+class MirrorOptions:
+    """One mirror.
+
+    `buf_size` is how much data is in flight at the most. `is_auto`: if the guest writes
+    faster than it copies, its copy mode becomes write-blocking.
+    """
+
+    device: str
+    target: Path
+    job_id: str
+    sync: Sync = Sync.FULL
+    # Bytes a second, in the background; 0 is as fast as it goes.
+    speed: int = 0
+    granularity: int = GRANULARITY
+    buf_size: int = BUF_SIZE
+    on_source_error: OnError = OnError.REPORT
+    on_target_error: OnError = OnError.REPORT
+    copy_mode: CopyMode = CopyMode.BACKGROUND
+    is_auto: bool = False
+    target_is_zero: bool = False
+    workers: int = MIRROR_WORKERS
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
 @dataclass(frozen=True)
 class VerifyOptions:
     """One comparison of a disk with a backup of it.
@@ -139,6 +177,25 @@ def check_options(options: BackupOptions) -> None:
         )
     if options.backing_format is not None and options.backing is None:
         raise NotUsable("a backing format is for a backing file")
+
+
+def check_mirror(options: MirrorOptions) -> None:
+    """Raise NotUsable for what makes no sense; QEMU's rules and words."""
+    if options.sync not in (Sync.FULL, Sync.TOP, Sync.NONE):
+        raise NotUsable(f"Sync mode '{options.sync.value}' not supported")
+    if options.workers < 1:
+        raise NotUsable(f"{options.workers} workers: at least one is needed")
+    if options.speed < 0:
+        raise NotUsable("a speed is not negative")
+    if options.buf_size < 1:
+        raise NotUsable(f"a buf-size of {options.buf_size} bytes: nothing would move")
+    granularity = options.granularity
+    is_power = granularity > 0 and granularity.bit_count() == 1
+    if not is_power or not GRANULARITY_MIN <= granularity <= GRANULARITY_MAX:
+        raise NotUsable(
+            f"granularity of {granularity} bytes: has to be a power of two from "
+            f"{GRANULARITY_MIN} to {format_size(GRANULARITY_MAX)}"
+        )
 
 
 def _check_bitmap(sync: Sync, bitmap: str | None, mode: BitmapMode | None) -> None:

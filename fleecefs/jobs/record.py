@@ -71,7 +71,8 @@ class Record:
 
     def remove(self) -> None:
         """Forget the job: it does not go on."""
-        self._now.unlink(missing_ok=True)
+        for path in self._now.parent.glob(f"{self.key}.*"):
+            path.unlink(missing_ok=True)
         # It may never have been made, nor the directory.
         with contextlib.suppress(FileNotFoundError):
             self._told.unlink()
@@ -82,6 +83,7 @@ def told_of(options: BackupOptions, target: Target) -> dict[str, Any]:
     """Return what a job was told, for its record."""
     told = {
         **asdict(options),
+        "type": "backup",
         "target": str(options.target),
         "sync": options.sync.value,
         "on_source_error": options.on_source_error.value,

@@ -119,7 +119,7 @@ class Jobs:
         """
         resting = [job for job in self._jobs.values() if not job.is_over]
         for job in resting:
-            job.hold()
+            job.rest()
         try:
             with trio.move_on_after(REST_SECONDS):
                 while busy_targets() or any(job.is_busy for job in resting):

@@ -32,6 +32,7 @@ class JobVerb(enum.Enum):
     PAUSE = "pause"
     RESUME = "resume"
     SET_SPEED = "set-speed"
+    CHANGE = "change"
     COMPLETE = "complete"
     FINALIZE = "finalize"
     DISMISS = "dismiss"
@@ -67,6 +68,7 @@ ACCEPTS = {
     V.PAUSE: WORKING,
     V.RESUME: WORKING,
     V.SET_SPEED: WORKING,
+    V.CHANGE: WORKING,
     V.COMPLETE: {S.READY, S.STANDBY},
     V.FINALIZE: {S.PENDING},
     V.DISMISS: {S.CONCLUDED},

@@ -1,4 +1,4 @@
-"""Where a backup goes to, checked, locked and opened.
+"""Where a backup or mirror goes to, checked, locked and opened.
 
 A raw file or a block device, or a new qcow2 file, which may add to another backup.
 
@@ -73,6 +73,11 @@ class Users:
                 is_last = self._is_closing and not self.count
             if is_last:
                 self._close()
+
+    def keep_open(self) -> None:
+        """Let nobody close it: it belongs to somebody else from now on."""
+        with self._lock:
+            self._close = lambda: None
 
     def close(self) -> None:
         """Let go of it; the last thread that is busy with it closes it."""
@@ -186,9 +191,16 @@ class Target:
                 self.path.unlink()
                 sync_directory(self.path.parent)
 
-    def allocated(self) -> int:
-        """Return the bytes of storage it occupies."""
-        return self._image.allocated()
+    def remove_unused(self) -> None:
+        """Remove the file if the job has made it, and nothing is in it."""
+        if not self._image.allocated():
+            self.remove()
+
+    def hand_over(self, take: Callable[[RawImage], None]) -> None:
+        """Let somebody take the raw image who keeps it open, unless `take` fails."""
+        assert self._raw is not None
+        take(self._raw)
+        self.users.keep_open()
 
     def close(self) -> None:
         """Let go of it; the last thread that is busy with it closes it."""

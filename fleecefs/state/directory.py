@@ -70,7 +70,9 @@ class BitmapRecord:
 class DiskRecord:
     """A disk: which source it was, the epochs of its past, oldest first, its bitmaps.
 
-    `former_ids` are what it was called on other hosts, by `bitmap import`.
+    `former_ids` are what it was called on other hosts, by `bitmap import`. Where it
+    lived before mirrors moved it is in `former_sources`. A device that it was moved to
+    may be larger: then `source_size` says so, otherwise 0.
     """
 
     name: str
@@ -86,6 +88,8 @@ class DiskRecord:
     next_bitmap: int = 1
     bitmaps: list[BitmapRecord] = field(default_factory=list)
     former_ids: list[str] = field(default_factory=list)
+    former_sources: list[str] = field(default_factory=list)
+    source_size: int = 0
 
 
 @dataclass
@@ -129,6 +133,15 @@ class PrivateRecord:
 
 
 @dataclass
+class MirrorRecord:
+    """A disk that is being mirrored by the job of jobs/KEY.json."""
+
+    key: str
+    disk: str
+    granularity: int
+
+
+@dataclass
 class State:
     """All of state.json."""
 
@@ -139,6 +152,7 @@ class State:
     disks: list[DiskRecord] = field(default_factory=list)
     snapshots: list[SnapshotRecord] = field(default_factory=list)
     private: list[PrivateRecord] = field(default_factory=list)
+    mirrors: list[MirrorRecord] = field(default_factory=list)
 
     def new_inode(self) -> int:
         """Return an inode number that was never used in this state."""
@@ -258,6 +272,9 @@ def _check(state: State) -> None:
         OnCbwError(private.on_cbw_error)
         if private.disk not in names:
             raise ValueError(private.disk)
+    for mirror in state.mirrors:
+        if mirror.disk not in names or mirror.granularity.bit_count() != 1:
+            raise ValueError(mirror)
 
 
 def new_state(boot_id: str) -> State:
