@@ -44,8 +44,6 @@ from fleecefs.block.snapshot import Snapshot
 from fleecefs.block.store import Budget
 from fleecefs.errors import Busy, NameTaken, NoSpace, NotFound, NotUsable, describe
 from fleecefs.killpoint import reached
-from fleecefs.mirrors import DiskMirror, create_mirror, load_mirror
-from fleecefs.sources import Sources
 from fleecefs.state import runtime
 from fleecefs.state.directory import (
     DiskRecord,
@@ -60,6 +58,8 @@ from fleecefs.state.directory import (
     new_state,
 )
 from fleecefs.state.epochs import Budgets, End, EpochFiles, gone
+from fleecefs.state.mirrors import DiskMirror, create_mirror, load_mirror
+from fleecefs.state.sources import Sources
 from fleecefs.units import MiB, format_size
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from fleecefs.jobs.record import Record
 from fleecefs.jobs.status import JobStatus, JobVerb, check_verb
 from fleecefs.jobs.target import Target
 from fleecefs.killpoint import reached
-from fleecefs.mirrors import DiskMirror
+from fleecefs.state.mirrors import DiskMirror
 from fleecefs.units import MiB
 
 log = logging.getLogger(__name__)
