@@ -37,6 +37,9 @@ WITH_BITMAPS = re.compile(
     r"activity|bitmap|job\.committed|end|start|replace|write|overwrite"
 )
 
+# The same for mirrors.
+WITH_MIRRORS = re.compile(r"mirror|move|replace|start")
+
 KILLS = 3
 # With each durability: some kill points belong to one of them.
 ROUNDS_MAX = 5
@@ -304,13 +307,12 @@ class Bitmaps:
 class Scenario:
     """A guest, its snapshots and all that can happen to a mount, beside its model."""
 
-    def __init__(
-        self, mount: Mount, seed: str, durability: str, *, has_bitmaps: bool
-    ) -> None:
+    def __init__(self, mount: Mount, point: str, durability: str) -> None:
         self.mount = mount
-        self.has_bitmaps = has_bitmaps
+        self.has_bitmaps = WITH_BITMAPS.match(point) is not None
+        self.has_mirrors = WITH_MIRRORS.match(point) is not None
         self.durability = durability
-        self.random = random.Random(seed)
+        self.random = random.Random(point)
         self.walk = Walk(mount, self.random.randrange(1 << 32))
         self.walk.SNAPSHOTS_MAX = SNAPSHOTS_MAX
         # The disk whose snapshots break.
@@ -320,6 +322,7 @@ class Scenario:
         self.bitmaps = Bitmaps(mount, self.random)
         # Which bitmap has what was written since this backup, and what that is.
         self.backup: tuple[str, bytes] | None = None
+        self._targets = itertools.count(1)
 
     @property
     def a(self) -> bytes:
@@ -431,6 +434,47 @@ class Scenario:
             self.bitmaps.replace(name, before, after)
         self.bitmaps.check(self.a)
 
+    def mirror(self) -> None:
+        """Mirror a disk while its guest writes; then it moves, or it stays."""
+        target = self.mount.directory / f"mirror{next(self._targets)}.raw"
+        mode = self.random.choice(["background", "write-blocking"])
+        while not self._jobs():
+            self.mount.cli(
+                "mirror",
+                "a.raw",
+                target,
+                "--granularity=4K",
+                f"--copy-mode={mode}",
+                "--detach",
+            )
+        self.write()
+        self._wait_job("ready")
+        self.write()
+        verb = self.random.choice(["complete", "complete", "cancel"])
+        source = target if verb == "complete" else self._source()
+        # Whose daemon dies may not have heard it; who has, may have ended.
+        while self.mount.cli("job", verb, "a.raw").returncode == 1:
+            pass
+        wait_until(self._has_no_job, "the mirror to end")
+        assert self._source() == source
+        assert target.read_bytes() == self.a
+        assert self.mount.live("a.raw").read_bytes() == self.a
+
+    def _source(self) -> Path:
+        while (done := self.mount.cli("status", "--json")).returncode != 0:
+            pass
+        disks = json.loads(done.stdout)["disks"]
+        return Path(next(d["source"] for d in disks if d["name"] == "a.raw"))
+
+    def _jobs(self) -> list[str]:
+        """Return the statuses of jobs that go on."""
+        while (done := self.mount.cli("job", "list", "--json")).returncode != 0:
+            pass
+        return [job["status"] for job in json.loads(done.stdout)]
+
+    def _wait_job(self, status: str) -> None:
+        wait_until(lambda: self._jobs() == [status], f"a {status} job")
+
     def _has_no_job(self) -> bool:
         done = self.mount.cli("job", "list", "--json")
         # Or the daemon has died just now.
@@ -444,6 +488,8 @@ class Scenario:
             if trap.sprung == KILLS:
                 break
             if step in self.BITMAP_STEPS and not self.has_bitmaps:
+                continue
+            if step is Scenario.mirror and not self.has_mirrors:
                 continue
             # Not each time, so that it happens here and there.
             if not trap.is_armed and self.random.random() < 0.7:
@@ -462,6 +508,7 @@ class Scenario:
         change_bitmaps,
         write,
         back_up_dirty,
+        mirror,
         delete,
         write,
         back_up_dirty,
@@ -508,9 +555,7 @@ def test_death_at(mounted, tmpfs_path, monkeypatch, point):
     disks = {"a.raw": noise(200 * KiB), "b.raw": 250 * KiB, "c.raw": noise(C_SIZE)}
     first, second = random.Random(point).sample(["process", "host"], 2)
     mount = mounted(disks, *LIMITS, f"--durability={first}")
-    scenario = Scenario(
-        mount, point, first, has_bitmaps=bool(WITH_BITMAPS.match(point))
-    )
+    scenario = Scenario(mount, point, first)
 
     scenario.go_on(trap)
     if trap.sprung < KILLS:

@@ -20,10 +20,11 @@ from fleecefs.block.snapshot import Snapshot
 from fleecefs.errors import Busy, NotFound, NotUsable
 from fleecefs.inventory import Inventory
 from fleecefs.jobs import backup, copy
-from fleecefs.jobs.backups import create_backups, resume_jobs
+from fleecefs.jobs.backups import create_backups
 from fleecefs.jobs.options import BackupOptions, OnError, Sync
 from fleecefs.jobs.record import Record
 from fleecefs.jobs.registry import Jobs
+from fleecefs.jobs.resume import resume_jobs
 from fleecefs.jobs.status import JobStatus
 from fleecefs.jobs.target import Target
 from fleecefs.state.directory import StateDirectory

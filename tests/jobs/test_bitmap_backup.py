@@ -28,9 +28,10 @@ from fleecefs.block.snapshot import Snapshot
 from fleecefs.errors import Busy, NotFound, NotUsable
 from fleecefs.inventory import Inventory
 from fleecefs.jobs import backup, copy
-from fleecefs.jobs.backups import create_backups, resume_jobs
+from fleecefs.jobs.backups import create_backups
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.options import BitmapMode, Format, Sync
+from fleecefs.jobs.resume import resume_jobs
 from fleecefs.jobs.status import JobStatus
 from fleecefs.jobs.target import Target
 from fleecefs.units import KiB, MiB
@@ -290,8 +291,10 @@ async def fail_target(job):
 
 
 async def fail_source(job):
-    snapshot = job._private.snapshot
-    snapshot._source = Faulty(snapshot._source, on="pread", count=1000)
+    def fail(buffer, offset):
+        raise OSError(errno.EIO, "injected into read_into")
+
+    job._private.snapshot.read_into = fail
     job.set_speed(0)
 
 

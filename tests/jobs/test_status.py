@@ -37,6 +37,7 @@ ACCEPTED = {
     "pause": "x x x x x . . . . .",
     "resume": "x x x x x . . . . .",
     "set-speed": "x x x x x . . . . .",
+    "change": "x x x x x . . . . .",
     "complete": ". . . x x . . . . .",
     "finalize": ". . . . . . x . . .",
     "dismiss": ". . . . . . . . x .",

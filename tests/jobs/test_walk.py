@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from fleecefs.errors import VerbRejected
-from fleecefs.jobs.options import OnError
+from fleecefs.jobs.options import CopyMode, OnError
 from fleecefs.jobs.status import ACCEPTS, JobStatus, JobVerb
 from fleecefs.jobs.transaction import Transaction
 from tests.jobs.fakes import SIZE, FakeBackup, Heard
@@ -19,6 +19,7 @@ TELL = {
     JobVerb.PAUSE: lambda job, chance: job.pause(),
     JobVerb.RESUME: lambda job, chance: job.resume(),
     JobVerb.SET_SPEED: lambda job, chance: job.set_speed(chance.choice([0, 1, 500])),
+    JobVerb.CHANGE: lambda job, chance: job.change(chance.choice(list(CopyMode))),
     JobVerb.COMPLETE: lambda job, chance: job.complete(),
     JobVerb.FINALIZE: lambda job, chance: job.finalize(),
     JobVerb.DISMISS: lambda job, chance: job.dismiss(),
