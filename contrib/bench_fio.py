@@ -14,18 +14,19 @@ TiB = 1024 * GiB
 
 def fio_command(path: Path, size: int, **options: object) -> list[str]:
     filename = str(path).replace(":", "\\:")
-    return [
-        "fio",
-        "--name=bench",
-        "--output-format=json",
-        "--ioengine=libaio",
-        "--direct=1",
-        "--fallocate=none",
-        "--allow_file_create=0",
-        f"--filename={filename}",
-        f"--size={size}",
-        *(f"--{name}={value}" for name, value in options.items()),
-    ]
+    file = {"direct": 1, "fallocate": "none", "allow_file_create": 0}
+    return command(ioengine="libaio", filename=filename, size=size, **file, **options)
+
+
+def fio_nbd_command(socket: Path, size: int, **options: object) -> list[str]:
+    """Return the same for what an NBD server has on a Unix socket."""
+    uri = f"nbd+unix:///?socket={socket}"
+    return command(ioengine="nbd", uri=uri, size=size, **options)
+
+
+def command(**options: object) -> list[str]:
+    words = (f"--{name}={value}" for name, value in options.items())
+    return ["fio", "--name=bench", "--output-format=json", *words]
 
 
 def fio_numbers(output: str, direction: str) -> dict[str, float]:

@@ -20,6 +20,7 @@ from bench_measures import (
     tar,
     timed,
 )
+from bench_mirror import complete_under_load, mirror, mirror_under_load
 
 SPARSE_SIZE = 1 * TiB
 
@@ -78,6 +79,7 @@ class Row:
 # --- The table ------------------------------------------------------------------
 
 LIVE = (Column("ours"), Column("peer"))
+MIRROR = (Column("ours"), Column("peer-nbd"))
 SNAPSHOT = (Column("ours", snapshots=1), Column("peer", snapshots=1))
 
 ROWS = (
@@ -249,6 +251,31 @@ ROWS = (
         columns=LIVE,
         measure=slow_backup,
         goal=3,
+        is_beside=True,
+    ),
+    Row(
+        name="mirror-idle",
+        title="mirror until it is ready, idle guest",
+        unit="MB/s",
+        columns=MIRROR,
+        measure=mirror,
+        goal=1.0,
+    ),
+    Row(
+        name="mirror-busy",
+        title="same, guest writes 50 MB/s, 16 KiB here and there",
+        unit="MB/s",
+        columns=MIRROR,
+        measure=mirror_under_load,
+        goal=1.0,
+    ),
+    Row(
+        name="mirror-complete",
+        title="same guest, the disk moves: longest write",
+        unit="ms",
+        columns=MIRROR,
+        measure=complete_under_load,
+        goal=100,
         is_beside=True,
     ),
     Row(

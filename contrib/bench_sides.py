@@ -1,8 +1,8 @@
 """The sides of the benchmark: fleecefs, qemu-storage-daemon's FUSE export, and cp.
 
 All serve the same source, one after the other, and look alike to a measure: a `Mounted`
-with a live file, the files of its snapshots, and a way to back it up. What a side
-starts it ends, and what it mounts it unmounts, also when the measure fails or is
+with a live file, the files of its snapshots, and ways to back it up and mirror it. What
+a side starts it ends, and what it mounts it unmounts, also when the measure fails or is
 interrupted.
 """
 
@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bench_fio import MiB, fio_command
+from bench_fio import MiB, fio_command, fio_nbd_command
 from bench_processes import (
     PATIENCE_SECONDS,
     Failed,
@@ -59,12 +59,25 @@ class Job(NamedTuple):
     cancel: Callable[[], object]
 
 
+class Mirror(NamedTuple):
+    """A mirror that has been started.
+
+    ready      waits until the target is like the disk, and durable
+    complete   moves the disk to the target, and waits until that is done
+    """
+
+    ready: Callable[[], object]
+    complete: Callable[[], object]
+
+
 @dataclass(frozen=True)
 class Mounted:
     """A source being served, its snapshots from the oldest to the newest.
 
     directory  is for this sample's files, and removed after it
     backup     starts a full backup to a target
+    mirror     starts a full mirror to a target
+    guest      returns the command for a guest's fio with these options
     command    runs a subcommand of fleecefs on this mount; returns what it printed
     """
 
@@ -73,6 +86,8 @@ class Mounted:
     live: Path
     snapshots: tuple[Path, ...]
     backup: Callable[[Path], AbstractContextManager[Job]]
+    mirror: Callable[[Path], AbstractContextManager[Mirror]]
+    guest: Callable[..., list[str]]
     command: Callable[..., str]
 
     @property
@@ -106,7 +121,16 @@ class Ours:
                 run("mkdir", snapshot)
             files = tuple(snapshot / DISK for snapshot in directories)
             backup = partial(self._backup, mount)
-            yield Mounted(source, directory, live, files, backup, command)
+            yield Mounted(
+                source,
+                directory,
+                live,
+                files,
+                backup,
+                partial(self._mirror, mount),
+                partial(fio_command, live, source.stat().st_size),
+                command,
+            )
             run(self.binary, "umount", mount)
         finally:
             with undisturbed():
@@ -123,6 +147,22 @@ class Ours:
                 with undisturbed(), contextlib.suppress(Failed):
                     cancel()
                 raise
+
+    @contextlib.contextmanager
+    def _mirror(self, mount: Path, target: Path) -> Iterator[Mirror]:
+        job = (self.binary, "-m", mount, "job")
+
+        def complete() -> None:
+            run(*job, "complete", DISK)
+            run(*job, "wait", DISK, timeout=PATIENCE_SECONDS)
+
+        with running(self.binary, "-m", mount, "mirror", DISK, target) as follower:
+            try:
+                yield Mirror(lambda: follower.output(PATIENCE_SECONDS), complete)
+            finally:
+                with undisturbed(), contextlib.suppress(Failed):
+                    run(*job, "cancel", "--force", DISK)
+                    run(*job, "wait", DISK)
 
     def _end(self, mount: Path) -> None:
         """See to it that nothing of ours is left, whatever went wrong."""
@@ -159,7 +199,10 @@ class Peer:
                 daemon.wait_until(lambda: all(is_mounted(path) for path in mounts))
                 backup = partial(self._backup, qmp, source.stat().st_size)
                 files = tuple(mounts[1:])
-                yield Mounted(source, directory, live, files, backup, refuse)
+                guest = partial(fio_command, live, source.stat().st_size)
+                yield Mounted(
+                    source, directory, live, files, backup, no_mirror, guest, refuse
+                )
         finally:
             with undisturbed():
                 for path in mounts:
@@ -167,19 +210,53 @@ class Peer:
 
     @contextlib.contextmanager
     def _backup(self, qmp: Path, size: int, target: Path) -> Iterator[Job]:
-        if not target.exists():
-            target.touch()
-            os.truncate(target, size)
         with connected(qmp) as monitor:
-            file = {"driver": "file", "filename": str(target), "aio": "io_uring"}
-            node = {"node-name": "backup", "driver": "raw", "file": file}
-            monitor.execute("blockdev-add", node)
+            add_target(monitor, "backup", target, size)
             job = {"job-id": "backup", "device": "source", "target": "backup"}
             monitor.execute("blockdev-backup", job | {"sync": "full"})
             yield Job(
                 partial(finish_job, monitor, target),
                 partial(monitor.execute, "job-cancel", {"id": "backup"}),
             )
+
+
+@dataclass(frozen=True)
+class PeerNbd:
+    """The peer, with a guest that comes through NBD.
+
+    It can not mirror what it exports through FUSE: that may be resized.
+    """
+
+    binary: str
+
+    @contextlib.contextmanager
+    def mounted(
+        self, source: Path, directory: Path, snapshots: int
+    ) -> Iterator[Mounted]:
+        size, qmp, nbd = source.stat().st_size, directory / "qmp", directory / "nbd"
+        server = ("--nbd-server", f"addr.type=unix,addr.path={nbd}")
+        export = ("--export", "type=nbd,id=guest,node-name=source,name=,writable=on")
+        command = (*monitor(qmp), *raw_nodes("source", source), *server, *export)
+        with running(self.binary, *command) as daemon:
+            daemon.wait_until(nbd.exists)
+            mirror = partial(self._mirror, qmp, size)
+            guest = partial(fio_nbd_command, nbd, size)
+            yield Mounted(source, directory, source, (), no_job, mirror, guest, refuse)
+
+    @contextlib.contextmanager
+    def _mirror(self, qmp: Path, size: int, target: Path) -> Iterator[Mirror]:
+        with connected(qmp) as monitor:
+            add_target(monitor, "mirror", target, size)
+            job = {"job-id": "mirror", "device": "source", "target": "mirror"}
+            monitor.execute("blockdev-mirror", job | {"sync": "full"})
+
+            def complete() -> None:
+                monitor.execute("job-complete", {"id": "mirror"})
+                completed = monitor.event("BLOCK_JOB_COMPLETED")
+                if "error" in completed["data"]:
+                    raise Failed(f"blockdev-mirror: {completed['data']['error']}")
+
+            yield Mirror(partial(monitor.event, "BLOCK_JOB_READY"), complete)
 
 
 @dataclass(frozen=True)
@@ -190,10 +267,11 @@ class Cp:
     def mounted(
         self, source: Path, directory: Path, snapshots: int
     ) -> Iterator[Mounted]:
-        yield Mounted(source, directory, source, (), partial(copying, source), refuse)
+        backup = partial(copying, source)
+        yield Mounted(source, directory, source, (), backup, no_mirror, no_job, refuse)
 
 
-Side = Ours | Peer | Cp
+Side = Ours | Peer | PeerNbd | Cp
 
 
 @contextlib.contextmanager
@@ -260,6 +338,23 @@ def fuse_export(node: str, mountpoint: Path, *, writable: bool) -> list[str]:
     switch = "on" if writable else "off"
     options = f"type=fuse,id=export-{node},node-name={node},writable={switch}"
     return ["--export", f"{options},mountpoint={path}"]
+
+
+def add_target(monitor: Monitor, node: str, target: Path, size: int) -> None:
+    """Let the peer open a target, which is made if it is not there."""
+    if not target.exists():
+        target.touch()
+        os.truncate(target, size)
+    file = {"driver": "file", "filename": str(target), "aio": "io_uring"}
+    monitor.execute("blockdev-add", {"node-name": node, "driver": "raw", "file": file})
+
+
+def no_mirror(target: Path) -> AbstractContextManager[Mirror]:
+    raise Failed("this side has no mirror")
+
+
+def no_job(*arguments: object, **options: object) -> Any:
+    raise Failed("this side can only be mirrored, or not at all")
 
 
 def refuse(*arguments: str) -> str:
