@@ -152,6 +152,7 @@ class Daemon:
             ready=True,
             resend=self._channel.can_resend,
             runtime=str(self._inventory.runtime_path),
+            notes=self._inventory.notes,
         )
         notifier = sdnotify.SystemdNotifier()
         notifier.notify(f"READY=1\nSTATUS=daemon {self._generation} serves")

@@ -182,6 +182,8 @@ class Inventory:
         # Disks whose sources somebody else has changed.
         self._changed: set[str] = set()
         self.sources = Sources()
+        # What who mounts should know.
+        self.notes: list[str] = []
         # By the key of their job.
         self.mirrors: dict[str, DiskMirror] = {}
         self._epoch_files: dict[Epoch, EpochFiles] = {}
@@ -347,7 +349,13 @@ class Inventory:
 
     def _add_disk(self, name: str, path: Path) -> None:
         record = self._disk_record(name)
+        told = path
         path, source = self.sources.open(path, record)
+        if path != told:
+            self.notes.append(
+                f"disk {name!r} was moved by a mirror: it lives on {path}"
+            )
+            log.info("%s", self.notes[-1])
         if record is None:
             record = self._new_record(name, path, source)
         self.sources.add(record, source)

@@ -59,8 +59,8 @@ class LaunchFailed(Error):
     """The mount did not become usable."""
 
 
-def launch(settings: dict[str, Any]) -> None:
-    """Start a keeper, and return when the mount is usable.
+def launch(settings: dict[str, Any]) -> list[str]:
+    """Start a keeper, and return when the mount is usable, with what people should know.
 
     Raises LaunchFailed with what the keeper or the daemon said.
     """
@@ -86,6 +86,8 @@ def launch(settings: dict[str, Any]) -> None:
     if "error" in said:
         keeper.wait()
         raise LaunchFailed(said["error"])
+    notes: list[str] = said["notes"]
+    return notes
 
 
 def stay(settings: dict[str, Any]) -> NoReturn:

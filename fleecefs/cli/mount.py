@@ -7,6 +7,7 @@ import click
 
 from fleecefs.cli.daemons import resolve
 from fleecefs.cli.options import absolute, complete_paths, log_place, seconds, size
+from fleecefs.cli.text import printable
 
 # Long enough for a disk that hangs for a moment, shorter than a guest's own limit
 # for a request (30 s for SCSI in Linux).
@@ -174,5 +175,8 @@ def mount(
         "allow_other": allow_other,
         "log": log,
     }
-    start = stay if foreground else launch
-    start(settings)
+    if foreground:
+        stay(settings)
+        return
+    for note in launch(settings):
+        click.echo(printable(f"note: {note}"), err=True)

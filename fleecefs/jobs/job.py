@@ -255,6 +255,9 @@ class Job:
 
     def converge(self) -> None:
         """Say that the target is like the source, and follows it from now on."""
+        if self.status is JobStatus.PAUSED:
+            # Told just now; it rests on as one that is ready.
+            self._move(JobStatus.RUNNING)
         self._move(JobStatus.READY)
         self.emit("BLOCK_JOB_READY", self._summary())
         self._settle()

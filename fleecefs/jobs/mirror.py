@@ -54,6 +54,9 @@ _REST_SECONDS = 0.02
 # After an instant that was given up the guest has some time to itself, ever more.
 _AGAIN_SECONDS, _AGAIN_SECONDS_MAX = 0.1, 5.0
 
+# How often what is left is counted: on a disk of 10 TiB that takes milliseconds.
+_MEASURE_SECONDS = 0.25
+
 # So many times in a row, each so long, the guest has made dirty nearly as much as was
 # copied, or more: then a mirror does not converge.
 _TREND_SECONDS = 1.0
@@ -121,6 +124,7 @@ class MirrorJob(Job):
         self._held = 0.0
         self._next_instant = 0.0
         self._pause_after = _AGAIN_SECONDS
+        self._measure_due = 0.0
         # (time, bytes copied, bytes left), as old as speeds are.
         self._samples: deque[tuple[float, int, int]] = deque()
         # The same, when the trend was looked at last.
@@ -248,8 +252,8 @@ class MirrorJob(Job):
             await self._look()
             if await self._at_instant() and await self._flush():
                 self._measure()
+                self._was_ready = True
                 self.converge()
-                self.save()
         await self._lead_to_end(is_final=self.auto_finalize)
 
     async def _lead_to_end(self, *, is_final: bool = True) -> None:
@@ -316,7 +320,8 @@ class MirrorJob(Job):
         self._told = trio.Event()
         copier.rested = trio.Event()
         await self.pause_point()
-        self._measure()
+        if trio.current_time() >= self._measure_due:
+            self._measure()
         await self._heed_failures()
         await self._set_following()
         if self.copy_mode is CopyMode.WRITE_BLOCKING and not mirror.mirror.is_synced:
@@ -544,7 +549,7 @@ class MirrorJob(Job):
                 "io-status": self.io_status,
                 "copied": self.progress.current,
                 "begun": self._has_begun,
-                "ready": self._is_ready or self._was_ready,
+                "ready": self._was_ready,
                 "ending": None if self._ending is None else self._ending.value,
                 "copy-mode": self.copy_mode.value,
             }
@@ -581,6 +586,7 @@ class MirrorJob(Job):
         """Find out what is left, and whether that becomes less."""
         assert self._mirror is not None
         mirror, now = self._mirror.mirror, trio.current_time()
+        self._measure_due = now + _MEASURE_SECONDS
         left = self.progress.remaining = mirror.left()
         self._samples.append((now, self.progress.current, left))
         while len(self._samples) > 2 and self._samples[1][0] <= now - WINDOW:
