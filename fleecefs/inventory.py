@@ -352,10 +352,9 @@ class Inventory:
         told = path
         path, source = self.sources.open(path, record)
         if path != told:
-            self.notes.append(
-                f"disk {name!r} was moved by a mirror: it lives on {path}"
-            )
-            log.info("%s", self.notes[-1])
+            note = f"disk {name!r} was moved by a mirror: it lives on {path}"
+            self.notes.append(note)
+            log.info(note)
         if record is None:
             record = self._new_record(name, path, source)
         self.sources.add(record, source)

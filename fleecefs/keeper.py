@@ -60,7 +60,7 @@ class LaunchFailed(Error):
 
 
 def launch(settings: dict[str, Any]) -> list[str]:
-    """Start a keeper, and return when the mount is usable, with what people should know.
+    """Start a keeper; return what people should know when the mount is usable.
 
     Raises LaunchFailed with what the keeper or the daemon said.
     """

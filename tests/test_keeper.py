@@ -403,7 +403,9 @@ def fake_keeper(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 def test_launching_returns_when_it_is_usable(fake_keeper):
-    launch({"say": {"ready": True}, "log": None})
+    said = {"ready": True, "notes": ["a"]}
+
+    assert launch({"say": said, "log": None}) == ["a"]
 
 
 @pytest.mark.parametrize(
