@@ -121,10 +121,12 @@ class Disk:
             if self.recorder is not None:
                 self.recorder.record(offset, end)
             self._counters[_WRITES] += 1
-            if self.mirror is None:
+            # Looked at once: it may end meanwhile.
+            mirror = self.mirror
+            if mirror is None:
                 written = self.source.pwrite(data, offset)
             else:
-                written = self.mirror.write(self.source, data, offset)
+                written = mirror.write(self.source, data, offset)
             reached("write.written")
             if durable:
                 self.flush()
@@ -150,10 +152,11 @@ class Disk:
                 self._mirrored(self.source.discard, extent)
 
     def _mirrored(self, overwrite: Callable[[int, int], None], extent: Extent) -> None:
-        if self.mirror is None:
+        mirror = self.mirror
+        if mirror is None:
             overwrite(extent.length, extent.offset)
         else:
-            self.mirror.zero(overwrite, extent.length, extent.offset)
+            mirror.zero(overwrite, extent.length, extent.offset)
 
     @contextmanager
     def _overwriting(self, offset: int, end: int) -> Iterator[None]:
@@ -238,9 +241,9 @@ class Disk:
 
     def expire(self, now: float) -> dict[int, OSError | None]:
         """Give up requests that hang; return whose they were. See History.expire."""
-        outcome = self.history.expire(now)
-        if self.mirror is not None:
-            outcome.update(dict.fromkeys(self.mirror.expire(now)))
+        outcome, mirror = self.history.expire(now), self.mirror
+        if mirror is not None:
+            outcome.update(dict.fromkeys(mirror.expire(now)))
         return outcome
 
 

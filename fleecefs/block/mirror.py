@@ -238,6 +238,8 @@ class Mirror:
             if write.is_done and self._sink is not None and not write.abandoned:
                 assert write.own is not None
                 self._dirty[write.first : write.stop] &= ~write.own
+            else:
+                self.is_synced = False
             self.waited += 1
             self.longest_wait = max(self.longest_wait, seconds)
             self._requests.changed()
@@ -319,6 +321,13 @@ class Mirror:
     def mark_dirty(self, offset: int, end: int) -> None:
         """Say that the target lacks [offset, end)."""
         self._dirty[offset >> self.shift : ((end - 1) >> self.shift) + 1] = 1
+
+    def redo(self) -> None:
+        """Say that the target may lack anything, also what is on its way to it."""
+        with self._requests.lock:
+            # So no write clears what it has not set itself.
+            self._stop_following(None)
+            self._dirty[: self.count] = 1
 
     @property
     def is_dirty(self) -> bool:

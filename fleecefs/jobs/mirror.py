@@ -336,7 +336,7 @@ class MirrorJob(Job):
         flush_error, self._flush_error = self._flush_error, None
         if flush_error is not None:
             # The kernel has let go of what it could not write, whatever that was.
-            mirror.mirror.mark_dirty(0, mirror.disk.size)
+            mirror.mirror.redo()
             await self.on_error(flush_error, is_read=False)
             await trio.sleep(RETRY_SECONDS)
         failure = mirror.mirror.take_failure()

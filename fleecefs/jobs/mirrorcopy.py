@@ -170,6 +170,9 @@ class MirrorCopier:
             with job.in_flight():
                 await self._in_thread(partial(self._copy_runs, found, outcome))
         finally:
+            # What a thread has not begun with: it is not to come any more.
+            while (run := _take(found)) is not None:
+                self._mirror.fail(*run)
             self._room += count
             job.progress.advance(outcome.copied)
             if self._lacks_room:
@@ -202,11 +205,8 @@ class MirrorCopier:
             self._copy_run(run, outcome)
 
     def _copy_runs(self, found: list[Run], outcome: Outcome) -> None:
-        for run in found:
-            if self._has_stopped:
-                self._mirror.fail(*run)
-            else:
-                self._copy_run(run, outcome)
+        while not self._has_stopped and (run := _take(found)) is not None:
+            self._copy_run(run, outcome)
 
     def _copy_run(self, run: Run, outcome: Outcome) -> None:
         """Copy a claimed run; what fails is dirty again."""
@@ -293,8 +293,9 @@ class MirrorCopier:
         if not self._can_clone:
             return False
         offset, end = self._extent(run)
-        self._mirror.set_zero(*run, is_zero=False)
         self._can_clone = self._target.clone(self._disk.source, end - offset, offset)
+        if self._can_clone:
+            self._mirror.set_zero(*run, is_zero=False)
         return self._can_clone
 
     def _skip_hole(self, first: int, data: int, outcome: Outcome) -> None:
@@ -322,3 +323,11 @@ class MirrorCopier:
             mirror.finish(*run)
             outcome.copied += end - offset
             first = run[1]
+
+
+def _take(found: list[Run]) -> Run | None:
+    """Take the next one; each goes to one taker, in whatever thread."""
+    try:
+        return found.pop(0)
+    except IndexError:
+        return None
