@@ -97,6 +97,8 @@ class Job:
         # Set by those who keep it: where events go, and who is told of each move.
         self.emit: Emit = lambda name, data: None
         self.moved: Callable[[Job], None] = lambda job: None
+        # Told how it ends, before it forgets what the next daemon would go on with.
+        self.decided: Callable[[Job], None] = lambda job: None
         self.transaction: Transaction | None = None
         # The ids of those it ends with, until its transaction knows.
         self.group = [self.id]
@@ -318,6 +320,8 @@ class Job:
             if self.status is not JobStatus.ABORTING:
                 self._move(JobStatus.ABORTING)
             await self._guard(self.abort)
+        self.ended = time.time()
+        self.decided(self)
         await self._guard(self.clean)
         self.ended = time.time()
         self._emit_end()

@@ -234,19 +234,28 @@ class Jobs:
             seen.add(job_id)
 
     def _keep(self, job: Job) -> None:
-        assert job.id not in self._jobs
+        # The daemon before may have said how it ends, and then not come to the end.
+        assert isinstance(self._jobs.get(job.id), Remembered | None)
         self._jobs[job.id] = job
         job.emit = self._emit
         job.moved = self._moved
+        job.decided = self._decided
+
+    def _decided(self, job: Job) -> None:
+        status = JobStatus.NULL if job.auto_dismiss else JobStatus.CONCLUDED
+        self._remember({**job.describe(), "status": status.value})
 
     def _moved(self, job: Job) -> None:
         if job.status is JobStatus.NULL:
             del self._jobs[job.id]
         elif job.status is not JobStatus.CONCLUDED or job.auto_dismiss:
             return
+        self._remember(job.describe())
+
+    def _remember(self, known: dict[str, Any]) -> None:
         # The last to end comes last.
-        self._ended.pop(job.id, None)
-        self._ended[job.id] = job.describe()
+        self._ended.pop(known["id"], None)
+        self._ended[known["id"]] = known
         while len(self._ended) > ENDED_MAX:
             del self._ended[next(iter(self._ended))]
         self._save_ended()

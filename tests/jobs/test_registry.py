@@ -133,6 +133,37 @@ async def test_kept_until_dismissed_also_by_the_next_daemon(backups, heard, tmp_
     assert Jobs(backups, heard, path).all() == []
 
 
+@pytest.mark.parametrize("auto_dismiss", [True, False])
+async def test_how_a_job_ends_is_kept_before_it_cleans_up(
+    backups, heard, tmp_path, auto_dismiss
+):
+    path = tmp_path / "ended.json"
+    backups.seconds = 0
+    jobs = Jobs(backups, heard, path)
+    found = []
+
+    async def clean():
+        # A daemon that dies here has nothing left to go on with.
+        found.append(Jobs(backups, heard, path))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jobs.run)
+        [job] = await started(jobs, of(auto_dismiss=auto_dismiss))
+        job.clean = clean
+        while not job.is_over:
+            await trio.sleep(0)
+        nursery.cancel_scope.cancel()
+
+    (again,) = found
+    told = again.describe("web.raw")
+    assert told["status"] == ("null" if auto_dismiss else "concluded")
+    assert told["error"] is None
+    # It died a bit earlier: the job goes on, and hides what was said of it.
+    job = FakeBackup("web.raw")
+    again.add([job])
+    assert again.all() == [job]
+
+
 @pytest.mark.logs("forgot what became of jobs")
 @pytest.mark.parametrize("content", ["", "[1", "[]", '{"a": 1}', '{"a": {}}'])
 def test_a_file_that_makes_no_sense_is_forgotten(backups, heard, tmp_path, content):
