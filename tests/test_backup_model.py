@@ -137,7 +137,6 @@ class Walked:
         buffer = memoryview(bytearray(length))
         source.pread_into(buffer, offset)
         self.image.pwrite(buffer, offset)
-        return True
 
     def die(self):
         self.machine.disk.history.unwatch(self.note)

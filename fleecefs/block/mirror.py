@@ -214,11 +214,14 @@ class Mirror:
         on_target: Callable[[Sink, int, int], None],
     ) -> None:
         """Write to the target what of [offset, end) it does not lack otherwise."""
-        sink, own = self._sink, write.own
-        if sink is None:
-            return
+        with self._requests.lock:
+            sink, own = self._sink, write.own
+            if sink is None:
+                return
+            # The source may have taken some of its time.
+            write.deadline = time.monotonic() + self._timeout
+            write.is_on_target = True
         assert own is not None
-        write.is_on_target = True
         try:
             for first, stop in runs(own, 0, len(own)):
                 start = max(offset, (write.first + first) << self.shift)
@@ -274,9 +277,10 @@ class Mirror:
 
     def _stop_following(self, error: OSError | None) -> None:
         """Let writes be in the background from now on; hold the lock."""
+        if self._sink is not None:
+            self._failure = self._failure or error
         self._sink = None
         self.is_synced = False
-        self._failure = self._failure or error
         self._requests.changed()
 
     # -- for the job
@@ -328,6 +332,7 @@ class Mirror:
             # So no write clears what it has not set itself.
             self._stop_following(None)
             self._dirty[: self.count] = 1
+            self._zero = None
 
     @property
     def is_dirty(self) -> bool:
@@ -418,9 +423,12 @@ class Mirror:
 
     def is_zero(self, first: int, stop: int) -> bool:
         """Whether the target is known to read as zeroes there."""
-        return self._zero is not None and self._zero.find(0, first, stop) < 0
+        zero = self._zero
+        return zero is not None and zero.find(0, first, stop) < 0
 
     def set_zero(self, first: int, stop: int, *, is_zero: bool) -> None:
         """Remember what was, or is about to be, written to the target."""
-        if self._zero is not None:
-            self._zero[first:stop] = is_zero
+        # Looked at once: it may be forgotten meanwhile.
+        zero = self._zero
+        if zero is not None:
+            zero[first:stop] = is_zero

@@ -560,7 +560,10 @@ class Copier:
             return False
         if not snapshot.is_on_source(chunk.first, chunk.stop):
             return False
-        if not self._target.clone(source, chunk.length, chunk.offset):
+        try:
+            self._target.clone(source, chunk.length, chunk.offset)
+        except OSError:
+            # It is copied: if something is wrong with the target, that is seen then.
             self._can_clone = False
             return False
         if not snapshot.is_on_source(chunk.first, chunk.stop):

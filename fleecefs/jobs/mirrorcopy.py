@@ -18,6 +18,7 @@ import trio
 
 from fleecefs.block.disk import Disk
 from fleecefs.block.mirror import Mirror, Run
+from fleecefs.errors import Unsupported
 from fleecefs.jobs.copy import CHUNK_SIZE_MAX, RETRY_SECONDS
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.target import Target
@@ -293,9 +294,15 @@ class MirrorCopier:
         if not self._can_clone:
             return False
         offset, end = self._extent(run)
-        self._can_clone = self._target.clone(self._disk.source, end - offset, offset)
-        if self._can_clone:
-            self._mirror.set_zero(*run, is_zero=False)
+        was_zero = self._mirror.is_zero(*run)
+        self._mirror.set_zero(*run, is_zero=False)
+        try:
+            self._target.clone(self._disk.source, end - offset, offset)
+        except OSError as e:
+            # It is copied: if something is wrong with the target, that is seen then.
+            self._can_clone = False
+            if isinstance(e, Unsupported):
+                self._mirror.set_zero(*run, is_zero=was_zero)
         return self._can_clone
 
     def _skip_hole(self, first: int, data: int, outcome: Outcome) -> None:

@@ -30,6 +30,8 @@ _ZEROES = bytes(1 * MiB)
 # ioctl_ficlonerange(2): struct file_clone_range, and _IOW(0x94, 13, …).
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")
+# Of file systems that can not, of two, of what is no file, or lies across blocks.
+_NOT_CLONED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL)
 
 # linux/fs.h: _IO(0x12, 94)
 _BLKROGET = 0x125E
@@ -158,16 +160,20 @@ class Target:
             self._image.discard(self.size, 0)
             self.is_blank = True
 
-    def clone(self, source: Image, length: int, offset: int) -> bool:
-        """Let the file system share a range of the source; False if it does not."""
+    def clone(self, source: Image, length: int, offset: int) -> None:
+        """Let the file system share a range of the source.
+
+        Unsupported if it can not; after another OSError a part may be shared.
+        """
         if self._raw is None or not isinstance(source, RawImage):
-            return False
+            raise Unsupported("only files are shared")
         what = _CLONE_RANGE.pack(source.fd, offset, length, offset)
         try:
             fcntl.ioctl(self._raw.fd, _FICLONERANGE, what)
-        except OSError:
-            return False
-        return True
+        except OSError as e:
+            if e.errno in _NOT_CLONED:
+                raise Unsupported(f"is not shared: {e.strerror}") from None
+            raise
 
     @property
     def _is_device(self) -> bool:

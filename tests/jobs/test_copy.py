@@ -331,7 +331,6 @@ class Sharing:
         self.meanwhile = []
         self.job.image.pwrite(source.pread(length, offset), offset)
         self.shared += length
-        return True
 
 
 async def test_what_is_on_the_source_is_shared_if_that_is_possible():
