@@ -997,7 +997,10 @@ class Inventory:
     def lives_on(self, name: str, path: Path) -> bool:
         """Tell whether a path is that of a disk's source."""
         disk = self.disks.get(name)
-        return disk is not None and self._record_of(disk).source == str(path)
+        if disk is None:
+            return False
+        source = self._record_of(disk).source
+        return os.path.realpath(source) == os.path.realpath(path)
 
     def forget_job(self, key: str) -> None:
         """Let go of what is kept for a job that does not go on."""

@@ -132,6 +132,7 @@ class MirrorJob(Job):
         self._stuck = 0
         self._waits = (0, 0.0)
         self._told = trio.Event()
+        self._preparing = trio.CancelScope()
 
     # -- what people can tell it
 
@@ -170,7 +171,9 @@ class MirrorJob(Job):
 
     def stop(self, reason: str) -> None:
         super().stop(reason)
-        self._unfollow()
+        if not self.is_good:
+            self._unfollow()
+            self._preparing.cancel()
 
     def rest(self) -> None:
         self._unfollow()
@@ -204,7 +207,8 @@ class MirrorJob(Job):
         # Told to complete, and only now to finalize: nothing can be tried again.
         if not self._is_decided:
             self.on_source_error = self.on_target_error = OnError.REPORT
-            await self._run(self._lead_to_end)
+            with self._preparing:
+                await self._run(self._lead_to_end)
 
     async def _run(self, lead: Callable[[], Awaitable[None]]) -> None:
         """Copy, and decide what comes of it, until that is decided."""
@@ -354,7 +358,7 @@ class MirrorJob(Job):
             self.copy_mode is not CopyMode.WRITE_BLOCKING
             or mirror.mirror.is_following
             or mirror.mirror.is_hanging
-            or (mirror.mirror.is_dirty and not copier.has_written)
+            or not (copier.has_written or mirror.mirror.is_alike())
         ):
             return
         with self.in_flight():
@@ -440,7 +444,7 @@ class MirrorJob(Job):
         assert mirror is not None
         assert target is not None
         until = time.monotonic() + HELD_SECONDS_MAX
-        while not mirror.mirror.is_alike():
+        while not mirror.mirror.is_alike() or copier.is_busy:
             await in_thread(target.users, partial(copier.copy_rest, until, outcome))
             self.progress.advance(outcome.copied)
             if outcome.error is not None:
@@ -587,7 +591,10 @@ class MirrorJob(Job):
         assert self._mirror is not None
         mirror, now = self._mirror.mirror, trio.current_time()
         self._measure_due = now + _MEASURE_SECONDS
-        left = self.progress.remaining = mirror.left()
+        left = mirror.left()
+        if self._copier is not None:
+            left += self._copier.uncounted()
+        self.progress.remaining = left
         self._samples.append((now, self.progress.current, left))
         while len(self._samples) > 2 and self._samples[1][0] <= now - WINDOW:
             self._samples.popleft()

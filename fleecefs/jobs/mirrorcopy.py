@@ -77,6 +77,8 @@ class MirrorCopier:
         self._lacks_room = False
         self._idle = 0
         self._woken = trio.Event()
+        # What threads have copied, or are copying, and nobody has counted yet.
+        self._uncounted: list[Outcome] = []
         # Set whenever all workers have nothing to do.
         self.rested = trio.Event()
         self._error: OSError | None = None
@@ -165,6 +167,7 @@ class MirrorCopier:
     async def _copy(self, found: list[Run]) -> None:
         """Copy some runs, and do what the policy says about what has failed."""
         job, outcome = self._job, Outcome()
+        self._uncounted.append(outcome)
         count = sum(stop - first for first, stop in found)
         job.limit.charge(count * self._mirror.granularity)
         try:
@@ -175,7 +178,7 @@ class MirrorCopier:
             while (run := _take(found)) is not None:
                 self._mirror.fail(*run)
             self._room += count
-            job.progress.advance(outcome.copied)
+            self.count(outcome)
             if self._lacks_room:
                 self._lacks_room = False
                 self.wake()
@@ -184,6 +187,20 @@ class MirrorCopier:
             until = trio.current_time() + RETRY_SECONDS
             self._postponed += [(until, run) for run in outcome.failed]
             await job.on_error(outcome.error, is_read=outcome.is_read)
+
+    def count(self, outcome: Outcome) -> None:
+        """Count what was copied as progress, once."""
+        self._job.progress.advance(outcome.copied)
+        self._uncounted.remove(outcome)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether workers are copying, or have not counted it yet."""
+        return bool(self._uncounted)
+
+    def uncounted(self) -> int:
+        """Return the bytes that were copied, but are not counted yet."""
+        return sum(outcome.copied for outcome in self._uncounted)
 
     async def _in_thread(self, function: Callable[[], object]) -> None:
         def run() -> None:
