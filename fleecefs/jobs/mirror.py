@@ -487,6 +487,9 @@ class MirrorJob(Job):
         def hand_over() -> None:
             target.hand_over(lambda image: move(image, self.options.target))
 
+        if not self.is_good:
+            # Cancelled just now, and not waited since.
+            return False
         # From here on nobody can cancel it.
         self.is_committing = True
         with trio.CancelScope(shield=True):
