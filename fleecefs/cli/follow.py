@@ -109,9 +109,8 @@ def describe_end(job: "Job") -> str:
     """Return how a job ended well, or that it waits for people."""
     if is_ready(job):
         return (
-            f"job {job['id']} is ready, {job['target']} follows the disk:"
-            f" 'fleecefs job complete {job['id']}' moves the disk to it,"
-            f" 'fleecefs job cancel {job['id']}' leaves it a copy"
+            f"job {job['id']} is ready, {job['target']} follows the disk: next is"
+            f" 'fleecefs job complete {job['id']}' or 'fleecefs job cancel {job['id']}'"
         )
     if job["status"] == "pending":
         return f"job {job['id']} waits for 'fleecefs job finalize {job['id']}'"
@@ -119,13 +118,18 @@ def describe_end(job: "Job") -> str:
     took = f"{format_size(job['current'])} in {format_duration(job['elapsed'])}"
     speed = f"{format_size(int(job['current'] / elapsed))}/s"
     word = "ended" if job["cancelled"] else "completed"
-    text = f"job {job['id']} {word}: {took}, {speed}; {describe_waits(job['cost'])}"
+    waits = describe_waits(job["cost"])
+    if job["type"] == "mirror":
+        is_moved, target = job["moved"], job["target"]
+        what = f"the disk lives on {target} now" if is_moved else f"{target} is a copy"
+        held = format_duration(job["held"])
+        return (
+            f"job {job['id']} {word}: {what}; {took}, {speed}; {waits}, all were held"
+            f" for {held}"
+        )
+    text = f"job {job['id']} {word}: {took}, {speed}; {waits}"
     if job["fell-back"] is not None:
         text += f"; a full backup, because {job['fell-back']}"
-    if job["type"] == "mirror":
-        held = format_duration(job["held"])
-        what = "the disk lives there now" if job["moved"] else "a copy of the disk"
-        text += f", the longest hold {held}; {job['target']}: {what}"
     return text
 
 

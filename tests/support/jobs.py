@@ -24,6 +24,35 @@ def start(mount: Mount, *words: object) -> None:
     output_of(mount, "backup", *words, "--detach")
 
 
+def start_mirror(mount: Mount, *words: object) -> None:
+    """Start a mirror that nobody follows."""
+    output_of(mount, "mirror", *words, "--detach")
+
+
+def wait_ready(mount: Mount, job_id: str = "web.raw") -> None:
+    """Wait until the target of a mirror is like its disk, and follows it."""
+    output_of(mount, "job", "wait", "--ready", job_id)
+    assert job_of(mount, job_id)["status"] == "ready"
+
+
+def complete(mount: Mount, job_id: str = "web.raw") -> str:
+    """Move a disk to the target that follows it; return what is said of it."""
+    output_of(mount, "job", "complete", job_id)
+    return output_of(mount, "job", "wait", job_id)
+
+
+def keep(mount: Mount, job_id: str = "web.raw") -> str:
+    """Let what follows a disk be a copy of this moment; return what is said of it."""
+    output_of(mount, "job", "cancel", job_id)
+    return output_of(mount, "job", "wait", job_id)
+
+
+def source_of(mount: Mount, disk: str = "web.raw") -> Path:
+    """Return where a disk lives."""
+    disks = mount.status()["disks"]
+    return next(Path(each["source"]) for each in disks if each["name"] == disk)
+
+
 def job_of(mount: Mount, job_id: str = "web.raw") -> Any:
     return mount.json("job", "show", job_id)
 
