@@ -83,11 +83,11 @@ def conclude(jobs: "list[Job]", as_json: bool) -> NoReturn:
     click.get_current_context().exit(JOB_FAILED if failed else 0)
 
 
-def leave(ids: Sequence[str]) -> NoReturn:
+def leave(ids: Sequence[str], wait: str = "wait") -> NoReturn:
     """Say that the jobs go on without us, after Ctrl-C."""
     for each in ids:
         complain(
-            f"job {each} goes on: follow it with 'fleecefs job wait {each}',"
+            f"job {each} goes on: follow it with 'fleecefs job {wait} {each}',"
             f" or end it with 'fleecefs job cancel {each}'"
         )
     click.get_current_context().exit(INTERRUPTED)
@@ -107,6 +107,11 @@ def find_problem(job: "Job") -> str | None:
 
 def describe_end(job: "Job") -> str:
     """Return how a job ended well, or that it waits for people."""
+    if job["status"] == "standby":
+        return (
+            f"job {job['id']} is ready, but rests: 'fleecefs job resume {job['id']}'"
+            f" lets {job['target']} follow the disk again"
+        )
     if is_ready(job):
         return (
             f"job {job['id']} is ready, {job['target']} follows the disk: next is"
@@ -120,13 +125,7 @@ def describe_end(job: "Job") -> str:
     word = "ended" if job["cancelled"] else "completed"
     waits = describe_waits(job["cost"])
     if job["type"] == "mirror":
-        is_moved, target = job["moved"], job["target"]
-        what = f"the disk lives on {target} now" if is_moved else f"{target} is a copy"
-        held = format_duration(job["held"])
-        return (
-            f"job {job['id']} {word}: {what}; {took}, {speed}; {waits}, all were held"
-            f" for {held}"
-        )
+        return f"job {job['id']} {word}: {describe_result(job)}; {took}; {waits}"
     text = f"job {job['id']} {word}: {took}, {speed}; {waits}"
     if job["fell-back"] is not None:
         text += f"; a full backup, because {job['fell-back']}"
@@ -157,9 +156,22 @@ def describe_own(job: "Job") -> list[tuple[str, str]]:
     """Return what only jobs of its kind have to tell while they go on."""
     if job["type"] != "mirror":
         return [("kept", describe_space(job["cost"]))]
+    if is_over(job):
+        return [] if find_problem(job) else [("result", describe_result(job))]
     mode = "actively synced" if job["actively-synced"] else job["copy-mode"]
-    dirtied = f"{format_size(int(job['dirty-rate']))}/s become dirty, {mode}"
-    return [("writes", dirtied)]
+    return [("writes", f"{describe_dirtying(job)}, {mode}")]
+
+
+def describe_dirtying(job: "Job") -> str:
+    """Return how much a guest gives a mirror to do."""
+    return f"{format_size(int(job['dirty-rate']))}/s become dirty"
+
+
+def describe_result(job: "Job") -> str:
+    """Return what has come of a mirror, and what that has cost the guest."""
+    target, held = job["target"], format_duration(job["held"])
+    what = f"the disk lives on {target} now" if job["moved"] else f"{target} is a copy"
+    return f"{what}, writes were held for {held}"
 
 
 def describe_pace(job: "Job") -> str:
@@ -167,7 +179,7 @@ def describe_pace(job: "Job") -> str:
     if job["status"] in ("running", "ready"):
         speed = f"{format_size(int(job['speed-now']))}/s"
         if is_ready(job):
-            return f"ready, {speed}"
+            return "ready, follows the disk"
         if not job.get("converges", True):
             return f"{speed}, does not converge"
         return f"{speed}, {format_time_left(job['eta'])} left"

@@ -198,6 +198,12 @@ def _news(shown: "Job") -> Iterable[str]:
     problem = follow.find_problem(shown)
     if problem is not None:
         yield problem
+    elif not shown.get("converges", True):
+        yield (
+            f"job {shown['id']} does not converge: {follow.describe_dirtying(shown)},"
+            f" {format_size(int(shown['speed-now']))}/s are copied; see 'fleecefs job"
+            " change --help'"
+        )
     elif shown["io-status"] != "ok":
         yield f"job {shown['id']} is {follow.describe_pace(shown)}"
     if shown["status"] == "pending" and not shown["auto-finalize"]:

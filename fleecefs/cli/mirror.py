@@ -148,5 +148,5 @@ def mirror(
     try:
         jobs = follow.follow(ids, as_json)
     except KeyboardInterrupt:
-        follow.leave(ids)
+        follow.leave(ids, "wait --ready")
     follow.conclude(jobs, as_json)

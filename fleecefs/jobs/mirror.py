@@ -24,7 +24,7 @@ from fleecefs.block.disk import drained
 from fleecefs.block.mirror import Sink
 from fleecefs.errors import Busy, VerbRejected
 from fleecefs.inventory import Inventory
-from fleecefs.jobs.copy import RETRY_SECONDS
+from fleecefs.jobs.copy import CHUNK_SIZE_MAX, RETRY_SECONDS
 from fleecefs.jobs.held import in_thread
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.mirrorcopy import MirrorCopier, Outcome
@@ -88,6 +88,8 @@ class MirrorJob(Job):
         target: Target | None,
         options: MirrorOptions,
         record: Record,
+        *,
+        has_begun: bool,
     ) -> None:
         super().__init__(
             options.job_id,
@@ -114,7 +116,7 @@ class MirrorJob(Job):
         self.target_error: OSError | None = None
         self._copier: MirrorCopier | None = None
         # Whether all that is to be copied has been marked.
-        self._has_begun = options.sync is not Sync.TOP
+        self._has_begun = has_begun
         self._was_ready = False
         self._ending: Ending | None = None
         # A flush that failed, maybe long after nobody waited for it any more.
@@ -141,6 +143,10 @@ class MirrorJob(Job):
         check_verb(self.id, self.status, JobVerb.COMPLETE)
         if self._ending is Ending.KEEP:
             raise VerbRejected(f"job {self.id!r} is being cancelled: can not complete")
+        if self.options.sync is Sync.NONE and self._ending is None:
+            # The disk can not move to what lacks the rest of it.
+            assert self._mirror is not None
+            self._mirror.mirror.redo()
         self._end_as(Ending.COMPLETE)
 
     def cancel_softly(self) -> None:
@@ -428,6 +434,8 @@ class MirrorJob(Job):
         assert copier is not None
         if trio.current_time() < self._next_instant:
             return False
+        if copier.is_slow or mirror.mirror.is_hanging:
+            return False
         if mirror.mirror.is_alike():
             return True
         size = max(_REST_SIZE, self.progress.speed() * _REST_SECONDS)
@@ -608,7 +616,7 @@ class MirrorJob(Job):
         copied = self.progress.current - copied_before
         dirtied = copied + left - left_before
         has_passed = self._copier is not None and self._copier.passes > 0
-        is_stuck = dirtied > 0 and dirtied >= _NEARLY * copied
+        is_stuck = dirtied > 0 and dirtied >= _NEARLY * copied - CHUNK_SIZE_MAX
         is_stuck = is_stuck and has_passed and not self._is_ready
         self._stuck = self._stuck + 1 if is_stuck and not mirror.is_following else 0
         if self._stuck == _TREND_COUNT:
@@ -627,6 +635,13 @@ class MirrorJob(Job):
         if self.options.is_auto:
             self.copy_mode = CopyMode.WRITE_BLOCKING
             self.save()
+
+    @property
+    def _is_stuck(self) -> bool:
+        if self._is_ready or self.is_over or self._mirror is None:
+            return False
+        is_following = self._mirror.mirror.is_following
+        return self._stuck >= _TREND_COUNT and not is_following
 
     @property
     def dirty_rate(self) -> float:
@@ -664,7 +679,7 @@ class MirrorJob(Job):
             "copy-mode": self.copy_mode.value,
             **self.qemu_details(),
             "dirty-rate": self.dirty_rate if mirror is not None else 0.0,
-            "converges": self._stuck < _TREND_COUNT,
+            "converges": not self._is_stuck,
             "held": self._held,
             "moved": self._has_moved,
             "cost": {

@@ -10,8 +10,9 @@ target is abandoned when the job ends; nobody copies what it is copying before i
 back.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import trio
@@ -27,6 +28,9 @@ from fleecefs.killpoint import reached
 # Zeroes to compare with, and the most that is read at a time.
 _ZEROES = bytes(CHUNK_SIZE_MAX)
 
+# Nobody is held back for a target that takes longer for up to 1 MiB.
+SLOW_SECONDS = 0.2
+
 # Of those the file system can share (ioctl_ficlonerange(2)).
 _BLOCK_SIZE = 4096
 
@@ -35,6 +39,7 @@ class Outcome:
     """What has come of copying some runs: bytes, and the first error."""
 
     def __init__(self) -> None:
+        self.begun = time.monotonic()
         self.copied = 0
         self.error: OSError | None = None
         self.is_read = False
@@ -79,6 +84,8 @@ class MirrorCopier:
         self._woken = trio.Event()
         # What threads have copied, or are copying, and nobody has counted yet.
         self._uncounted: list[Outcome] = []
+        # Of threads that are copying, also abandoned ones.
+        self._running: list[Outcome] = []
         # Set whenever all workers have nothing to do.
         self.rested = trio.Event()
         self._error: OSError | None = None
@@ -198,6 +205,12 @@ class MirrorCopier:
         """Whether workers are copying, or have not counted it yet."""
         return bool(self._uncounted)
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a thread takes so long that nobody is to be held back for it."""
+        since = time.monotonic() - SLOW_SECONDS
+        return any(outcome.begun < since for outcome in list(self._running))
+
     def uncounted(self) -> int:
         """Return the bytes that were copied, but are not counted yet."""
         return sum(outcome.copied for outcome in self._uncounted)
@@ -216,15 +229,25 @@ class MirrorCopier:
     def copy_rest(self, until: float, outcome: Outcome) -> None:
         """Copy what is left while the disk is drained, until then at the most."""
         mirror = self._mirror
-        while not outcome.error and time.monotonic() < until:
-            run = mirror.claim(0, mirror.count, self._granules_max)
-            if run is None:
-                return
-            self._copy_run(run, outcome)
+        with self._copying(outcome):
+            while not outcome.error and time.monotonic() < until:
+                run = mirror.claim(0, mirror.count, self._granules_max)
+                if run is None:
+                    return
+                self._copy_run(run, outcome)
 
     def _copy_runs(self, found: list[Run], outcome: Outcome) -> None:
-        while not self._has_stopped and (run := _take(found)) is not None:
-            self._copy_run(run, outcome)
+        with self._copying(outcome):
+            while not self._has_stopped and (run := _take(found)) is not None:
+                self._copy_run(run, outcome)
+
+    @contextlib.contextmanager
+    def _copying(self, outcome: Outcome) -> Iterator[None]:
+        self._running.append(outcome)
+        try:
+            yield
+        finally:
+            self._running.remove(outcome)
 
     def _copy_run(self, run: Run, outcome: Outcome) -> None:
         """Copy a claimed run; what fails is dirty again."""

@@ -43,17 +43,20 @@ def create_mirror(
         record = Record(inventory, uuid4().hex)
         undo.callback(record.remove)
         record.create(_told_of(options, target_is_new=target.is_new))
-        mirror = inventory.create_mirror(
-            options.device,
-            record.key,
-            options.granularity,
-            lacks_all=options.sync is Sync.FULL,
+        is_zero = target.is_blank or options.target_is_zero
+        # Where the source has holes, too, if the target may have something else there.
+        lacks_all = options.sync is Sync.FULL or (
+            options.sync is Sync.TOP and not is_zero
         )
-        if target.is_blank or options.target_is_zero:
+        mirror = inventory.create_mirror(
+            options.device, record.key, options.granularity, lacks_all=lacks_all
+        )
+        if is_zero:
             mirror.mirror.mark_zero()
         reached("mirror.created")
         undo.pop_all()
-    job = MirrorJob(inventory, mirror, target, options, record)
+    has_begun = lacks_all or options.sync is Sync.NONE
+    job = MirrorJob(inventory, mirror, target, options, record, has_begun=has_begun)
     job.count_progress()
     return job
 
@@ -80,7 +83,8 @@ def resume_mirror(inventory: Inventory, record: Record) -> MirrorJob | None:
                 target.remove_unused()
                 target.close()
             return None
-    job = MirrorJob(inventory, mirror, target, options, record)
+    has_begun = options.sync is not Sync.TOP
+    job = MirrorJob(inventory, mirror, target, options, record, has_begun=has_begun)
     job.created = float(told["created"])
     job.target_error = error
     job.go_on(record.now())

@@ -145,11 +145,14 @@ class Jobs:
     async def check_end(self) -> None:
         """Raise Busy while a job would be cancelled by an end of the mount."""
         await self.wait_resumed()
-        working = [job.id for job in self._jobs.values() if not job.is_over]
-        if working:
+        for job in self._jobs.values():
+            if job.is_over:
+                continue
+            way = f"wait for it with 'fleecefs job wait {job.id}'"
+            if job.status in (JobStatus.READY, JobStatus.STANDBY):
+                way = f"complete it with 'fleecefs job complete {job.id}'"
             raise Busy(
-                f"job {working[0]!r} has not ended: wait for it with 'fleecefs job "
-                f"wait {working[0]}', cancel it, or use --force"
+                f"job {job.id!r} has not ended: {way}, cancel it, or use --force"
             )
 
     async def start_backups(
