@@ -362,11 +362,15 @@ def test_a_mount_point_is_found_through_links(tmp_path):
 def launched(monkeypatch):
     """The settings the keeper would have been started with."""
     calls = []
-    for name in "launch", "stay":
-        monkeypatch.setattr(
-            f"fleecefs.keeper.{name}",
-            lambda settings, name=name: calls.append((settings, name == "stay")),
-        )
+
+    def launch(settings):
+        calls.append((settings, False))
+        return []
+
+    monkeypatch.setattr("fleecefs.keeper.launch", launch)
+    monkeypatch.setattr(
+        "fleecefs.keeper.stay", lambda settings: calls.append((settings, True))
+    )
     return calls
 
 
