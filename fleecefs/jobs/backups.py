@@ -157,9 +157,11 @@ def _open_target(
     return create_qcow2(options.target, size, surroundings, backing)
 
 
-def _reopen_target(options: BackupOptions, size: int, *, is_new: bool) -> Target:
+def _reopen_target(
+    options: BackupOptions, size: int, *, is_new: bool, identity: str
+) -> Target:
     if options.format is Format.RAW:
-        return reopen_target(options.target, size, is_new=is_new)
+        return reopen_target(options.target, size, is_new=is_new, identity=identity)
     backing = None
     if options.backing is not None:
         assert options.backing_format is not None
@@ -179,7 +181,8 @@ def resume_backup(inventory: Inventory, record: Record) -> BackupJob | None:
     target = None
     try:
         size = inventory.find_disk(options.device).size
-        target = _reopen_target(options, size, is_new=is_new)
+        identity = str(told["target-identity"])
+        target = _reopen_target(options, size, is_new=is_new, identity=identity)
     except OSError as e:
         error = e
     if private is None:

@@ -11,6 +11,7 @@ back.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,6 +31,10 @@ _ZEROES = bytes(CHUNK_SIZE_MAX)
 
 # Nobody is held back for a target that takes longer for up to 1 MiB.
 SLOW_SECONDS = 0.2
+
+# How long a thread copies on by itself, if there is no limit: it takes 0.1 ms and more
+# to come to trio's thread and back, and not much longer to copy 1 MiB.
+_STINT_SECONDS = 0.02
 
 # Of those the file system can share (ioctl_ficlonerange(2)).
 _BLOCK_SIZE = 4096
@@ -72,6 +77,8 @@ class MirrorCopier:
         self._granules_max = max(1, min(CHUNK_SIZE_MAX, buf_size) >> mirror.shift)
         # In granules: one is in flight at least.
         self._room = max(self._granules_max, -(-buf_size // mirror.granularity))
+        # Guards what threads claim next.
+        self._claiming = threading.Lock()
         # What is copied next, and how often all has been looked at.
         self._cursor = 0
         self.passes = 0
@@ -157,17 +164,19 @@ class MirrorCopier:
 
     def _claim(self, count: int) -> Run | None:
         """Take the next run, of up to `count` granules."""
-        mirror, excluded = self._mirror, self._resting()
-        run = mirror.claim(self._cursor, mirror.count, count, excluded)
-        if run is None:
-            self.passes += 1
-            run = mirror.claim(0, self._cursor, count, excluded)
-        self._cursor = 0 if run is None else run[1]
+        mirror = self._mirror
+        with self._claiming:
+            excluded = self._resting()
+            run = mirror.claim(self._cursor, mirror.count, count, excluded)
+            if run is None:
+                self.passes += 1
+                run = mirror.claim(0, self._cursor, count, excluded)
+            self._cursor = 0 if run is None else run[1]
         return run
 
     def _resting(self) -> list[Run]:
         if self._postponed:
-            now = trio.current_time()
+            now = time.monotonic()
             self._postponed = [each for each in self._postponed if each[0] > now]
         return [run for _, run in self._postponed]
 
@@ -179,7 +188,7 @@ class MirrorCopier:
         job.limit.charge(count * self._mirror.granularity)
         try:
             with job.in_flight():
-                await self._in_thread(partial(self._copy_runs, found, outcome))
+                await self._in_thread(partial(self._copy_runs, found, count, outcome))
         finally:
             # What a thread has not begun with: it is not to come any more.
             while (run := _take(found)) is not None:
@@ -191,8 +200,9 @@ class MirrorCopier:
                 self.wake()
         self.has_written |= outcome.copied > 0
         if outcome.error is not None:
-            until = trio.current_time() + RETRY_SECONDS
-            self._postponed += [(until, run) for run in outcome.failed]
+            until = time.monotonic() + RETRY_SECONDS
+            with self._claiming:
+                self._postponed += [(until, run) for run in outcome.failed]
             await job.on_error(outcome.error, is_read=outcome.is_read)
 
     def count(self, outcome: Outcome) -> None:
@@ -236,9 +246,18 @@ class MirrorCopier:
                     return
                 self._copy_run(run, outcome)
 
-    def _copy_runs(self, found: list[Run], outcome: Outcome) -> None:
+    def _copy_runs(self, found: list[Run], count: int, outcome: Outcome) -> None:
+        """Copy what was claimed, and more, of at most `count` granules at a time."""
+        job, until = self._job, time.monotonic() + _STINT_SECONDS
         with self._copying(outcome):
             while not self._has_stopped and (run := _take(found)) is not None:
+                self._copy_run(run, outcome)
+            while not (self._has_stopped or outcome.error or job.limit.speed):
+                if job.is_held or time.monotonic() > until:
+                    return
+                run = self._claim(count)
+                if run is None:
+                    return
                 self._copy_run(run, outcome)
 
     @contextlib.contextmanager

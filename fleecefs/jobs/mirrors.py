@@ -19,7 +19,7 @@ from fleecefs.jobs.options import (
     check_mirror,
 )
 from fleecefs.jobs.record import Record
-from fleecefs.jobs.target import open_target, reopen_target
+from fleecefs.jobs.target import Target, open_target, reopen_target
 from fleecefs.killpoint import reached
 
 
@@ -42,7 +42,7 @@ def create_mirror(
         undo.callback(target.remove)
         record = Record(inventory, uuid4().hex)
         undo.callback(record.remove)
-        record.create(_told_of(options, target_is_new=target.is_new))
+        record.create(_told_of(options, target))
         is_zero = target.is_blank or options.target_is_zero
         # Where the source has holes, too, if the target may have something else there.
         lacks_all = options.sync is Sync.FULL or (
@@ -75,7 +75,10 @@ def resume_mirror(inventory: Inventory, record: Record) -> MirrorJob | None:
         try:
             size = inventory.find_disk(options.device).size
             is_new = bool(told["target-is-new"])
-            target = reopen_target(options.target, size, is_new=is_new)
+            identity = str(told["target-identity"])
+            target = reopen_target(
+                options.target, size, is_new=is_new, identity=identity
+            )
         except OSError as e:
             error = e
         if mirror is None:
@@ -91,7 +94,7 @@ def resume_mirror(inventory: Inventory, record: Record) -> MirrorJob | None:
     return job
 
 
-def _told_of(options: MirrorOptions, *, target_is_new: bool) -> dict[str, Any]:
+def _told_of(options: MirrorOptions, target: Target) -> dict[str, Any]:
     """Return what a job was told, for its record."""
     told = {
         name: value.value if isinstance(value, enum.Enum) else value
@@ -100,7 +103,8 @@ def _told_of(options: MirrorOptions, *, target_is_new: bool) -> dict[str, Any]:
     told |= {
         "type": MirrorJob.type,
         "target": str(options.target),
-        "target_is_new": target_is_new,
+        "target_is_new": target.is_new,
+        "target_identity": target.identity,
         "created": time.time(),
     }
     return {name.replace("_", "-"): value for name, value in told.items()}

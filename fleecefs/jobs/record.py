@@ -94,6 +94,7 @@ def told_of(options: BackupOptions, target: Target) -> dict[str, Any]:
         "backing": text_of(options.backing),
         "backing_format": target.backing_format,
         "target_is_new": target.is_new,
+        "target_identity": target.identity,
         "created": time.time(),
     }
     # Where the record says what kind of file it is.

@@ -176,6 +176,15 @@ class Target:
             raise
 
     @property
+    def identity(self) -> str:
+        """Which file or device it is, as long as the host is up."""
+        assert self._fd is not None
+        found = os.fstat(self._fd)
+        if self._is_device:
+            return f"device {found.st_rdev}"
+        return f"file {found.st_dev}:{found.st_ino}"
+
+    @property
     def _is_device(self) -> bool:
         return self._fd is not None and stat.S_ISBLK(os.fstat(self._fd).st_mode)
 
@@ -326,10 +335,13 @@ def record_backing(path: Path, format: str, target: Path) -> Backing:
     return backing
 
 
-def reopen_target(path: Path, size: int, *, is_new: bool) -> Target:
-    """Open a target again, for a job that goes on; it may hold anything by now."""
+def reopen_target(path: Path, size: int, *, is_new: bool, identity: str) -> Target:
+    """Open a target again, for a job that goes on; NotUsable if it is another file."""
     with _naming("target", path):
         target = _open(path, size, path.stat())
+    if target.identity != identity:
+        target.close()
+        raise NotUsable(f"target {path}: was replaced by another file")
     target.is_new = is_new
     return target
 

@@ -314,19 +314,38 @@ def test_a_device_that_is_the_source_is_refused(loop):
 # -- going on
 
 
-def test_a_target_is_opened_again_as_one_that_may_hold_anything(tmp_path, around):
-    open_target(tmp_path / "new.raw", SIZE, around).close()
+def identity_of(path):
+    target = open_target(path, SIZE, Surroundings({}, []))
+    identity = target.identity
+    target.close()
+    return identity
 
-    target = reopen_target(tmp_path / "new.raw", SIZE, is_new=True)
+
+def test_a_target_is_opened_again_as_one_that_may_hold_anything(tmp_path, around):
+    path = tmp_path / "new.raw"
+    open_target(path, SIZE, around).close()
+
+    target = reopen_target(path, SIZE, is_new=True, identity=identity_of(path))
 
     assert target.is_new
     assert not target.is_blank
     target.close()
 
 
+def test_another_file_in_its_place_is_not_the_target(tmp_path):
+    path = tmp_path / "new.raw"
+    path.write_bytes(bytes(SIZE))
+    identity = identity_of(path)
+    path.rename(tmp_path / "kept.raw")
+    path.write_bytes(bytes(SIZE))
+
+    with pytest.raises(NotUsable, match=r"target .*new.raw: was replaced"):
+        reopen_target(path, SIZE, is_new=True, identity=identity)
+
+
 def test_a_target_that_is_gone_is_named(tmp_path):
     with pytest.raises(OSError, match=r"target .*gone.raw"):
-        reopen_target(tmp_path / "gone.raw", SIZE, is_new=True)
+        reopen_target(tmp_path / "gone.raw", SIZE, is_new=True, identity="")
 
 
 # -- what it does
@@ -347,7 +366,7 @@ def test_a_short_write_goes_on_until_there_is_no_space():
 def test_punching_makes_holes(tmp_path):
     path = tmp_path / "old.raw"
     path.write_bytes(b"o" * SIZE)
-    target = reopen_target(path, SIZE, is_new=False)
+    target = reopen_target(path, SIZE, is_new=False, identity=identity_of(path))
 
     target.punch(SIZE - 8192, 4096)
 
@@ -389,7 +408,7 @@ def test_what_else_goes_wrong_with_punching_is_told():
 def test_emptying_drops_what_a_file_holds(tmp_path):
     path = tmp_path / "old.raw"
     path.write_bytes(b"o" * SIZE)
-    target = reopen_target(path, SIZE, is_new=False)
+    target = reopen_target(path, SIZE, is_new=False, identity=identity_of(path))
 
     target.empty()
 
