@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -25,7 +26,7 @@ from fleecefs.bitmaps.steps import (
     Set,
 )
 from fleecefs.block.snapshot import Snapshot
-from fleecefs.errors import Busy, NotFound, NotUsable
+from fleecefs.errors import Busy, NotFound, NotUsable, Unsupported
 from fleecefs.inventory import Inventory
 from fleecefs.jobs import backup, copy
 from fleecefs.jobs.backups import create_backups
@@ -565,7 +566,7 @@ async def test_what_is_clean_is_not_read(web, target, monkeypatch):
         read_into(self, buffer, offset)
 
     monkeypatch.setattr(Snapshot, "read_into", reading)
-    monkeypatch.setattr(Target, "clone", lambda *args: False)
+    monkeypatch.setattr(Target, "clone", Mock(side_effect=Unsupported("not here")))
     async with running(web) as jobs:
         await finished(jobs, filled(target), **INCREMENT)
 
