@@ -68,7 +68,7 @@ from fleecefs.cli.text import printable
     "--workers",
     metavar="N",
     type=click.IntRange(min=1),
-    help="How many copies at a time.  [default: 16]",
+    help="How many copies at a time.  [default: 2]",
 )
 @click.option("--job-id", metavar="ID", help="Its name.  [default: DISK]")
 @click.option(

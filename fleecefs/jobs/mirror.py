@@ -318,13 +318,12 @@ class MirrorJob(Job):
         copier, mirror = self._copier, self._mirror
         assert copier is not None
         assert mirror is not None
-        is_waiting = self._is_ready and self._ending is None
         with trio.move_on_after(TICK_SECONDS):
-            if is_waiting or not mirror.mirror.is_dirty:
+            if self._is_ready and self._ending is None:
                 await self._told.wait()
             else:
-                copier.wake()
-                await copier.rested.wait()
+                if not copier.is_resting:
+                    await copier.rested.wait()
                 # Not at once: what is dirty by then may be all that can be, or fail.
                 await trio.sleep(_BREATH_SECONDS)
         self._told = trio.Event()

@@ -141,7 +141,7 @@ class MirrorCopier:
 
     async def _wait_woken(self) -> None:
         self._idle += 1
-        if self._idle == self._workers:
+        if self.is_resting:
             self.rested.set()
         try:
             await self._woken.wait()
@@ -209,6 +209,11 @@ class MirrorCopier:
         """Count what was copied as progress, once."""
         self._job.progress.advance(outcome.copied)
         self._uncounted.remove(outcome)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether all workers have found nothing to do."""
+        return self._idle == self._workers
 
     @property
     def is_busy(self) -> bool:

@@ -122,7 +122,7 @@ async def test_a_mirror_with_what_is_required(session, mirrors):
                 copy_mode=CopyMode.BACKGROUND,
                 is_auto=False,
                 target_is_zero=False,
-                workers=16,
+                workers=2,
                 auto_finalize=True,
                 auto_dismiss=True,
             )
