@@ -1,6 +1,7 @@
 """How mirrors begin: new ones, and those that go on."""
 
 import enum
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from fleecefs.jobs.options import (
 from fleecefs.jobs.record import Record
 from fleecefs.jobs.target import Target, open_target, reopen_target
 from fleecefs.killpoint import reached
+
+log = logging.getLogger(__name__)
 
 
 def create_mirror(
@@ -82,8 +85,10 @@ def resume_mirror(inventory: Inventory, record: Record) -> MirrorJob | None:
         except OSError as e:
             error = e
         if mirror is None:
+            log.info("job %s ended with the host, or never began", options.job_id)
             if target is not None:
-                target.remove_unused()
+                # What it has made is no copy.
+                target.remove()
                 target.close()
             return None
     has_begun = options.sync is not Sync.TOP

@@ -2650,6 +2650,8 @@ def test_no_job_survives_the_host(web, content, target, is_ready):
     assert source_of(web) == str(web.sources["web.raw"])
     assert web.live("web.raw") == before
     assert nothing_left(web)
+    # Nobody shall take it for a copy.
+    assert not target.exists()
     move(web, target)
     assert is_alike(web, target)
 
