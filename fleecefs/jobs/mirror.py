@@ -133,6 +133,8 @@ class MirrorJob(Job):
         self._trend = (0.0, 0, 0)
         self._stuck = 0
         self._waits = (0, 0.0)
+        # Nobody is to be in the target for it: the daemon ends.
+        self._is_leaving_target = False
         self._told = trio.Event()
         self._preparing = trio.CancelScope()
 
@@ -182,8 +184,13 @@ class MirrorJob(Job):
             self._preparing.cancel()
 
     def rest(self) -> None:
+        self._is_leaving_target = True
         self._unfollow()
         super().rest()
+
+    def release(self) -> None:
+        self._is_leaving_target = False
+        super().release()
 
     def _unfollow(self) -> None:
         """Let no write of the guest wait for the target."""
@@ -363,6 +370,7 @@ class MirrorJob(Job):
             self.copy_mode is not CopyMode.WRITE_BLOCKING
             or mirror.mirror.is_following
             or mirror.mirror.is_hanging
+            or self._is_leaving_target
             or not (copier.has_written or mirror.mirror.is_alike())
         ):
             return
@@ -371,6 +379,9 @@ class MirrorJob(Job):
                 await trio.to_thread.run_sync(self._follow)
             except Busy as e:
                 log.warning("job %s does not follow yet: %s", self.id, e.strerror)
+        if self._is_leaving_target:
+            # Told so just now.
+            self._unfollow()
 
     def _follow(self) -> None:
         mirror, target = self._mirror, self._target
