@@ -14,7 +14,11 @@ from fleecefs.cli.options import (
     complete_bitmaps,
     complete_disks,
     complete_paths,
+    detach_option,
+    job_id_option,
+    json_lines_option,
     mount_option,
+    no_auto_dismiss_option,
     on_source_error_option,
     on_target_error_option,
     seconds,
@@ -104,21 +108,15 @@ _FORMAT = click.Choice(["raw", "qcow2"])
     type=click.IntRange(min=1),
     help="How many copies at a time.  [default: 24]",
 )
-@click.option("--job-id", metavar="ID", help="Its name.  [default: DISK]")
+@job_id_option
 @click.option(
     "--no-auto-finalize",
     is_flag=True,
     help="When all is copied, wait for 'fleecefs job finalize'.",
 )
-@click.option(
-    "--no-auto-dismiss",
-    is_flag=True,
-    help="Keep its result until 'fleecefs job dismiss'.",
-)
-@click.option("--detach", is_flag=True, help="Print the job's id, and do not follow.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a JSON object every second."
-)
+@no_auto_dismiss_option
+@detach_option
+@json_lines_option
 @click.argument("disk", metavar="[DISK]", required=False, shell_complete=complete_disks)
 @click.argument(
     "target",

@@ -8,7 +8,11 @@ from fleecefs.cli.options import (
     absolute,
     complete_disks,
     complete_paths,
+    detach_option,
+    job_id_option,
+    json_lines_option,
     mount_option,
+    no_auto_dismiss_option,
     on_source_error_option,
     on_target_error_option,
     size,
@@ -70,21 +74,15 @@ from fleecefs.cli.text import printable
     type=click.IntRange(min=1),
     help="How many copies at a time.  [default: 2]",
 )
-@click.option("--job-id", metavar="ID", help="Its name.  [default: DISK]")
+@job_id_option
 @click.option(
     "--no-auto-finalize",
     is_flag=True,
     help="Before the disk moves, wait for 'fleecefs job finalize'.",
 )
-@click.option(
-    "--no-auto-dismiss",
-    is_flag=True,
-    help="Keep its result until 'fleecefs job dismiss'.",
-)
-@click.option("--detach", is_flag=True, help="Print the job's id, and do not follow.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a JSON object every second."
-)
+@no_auto_dismiss_option
+@detach_option
+@json_lines_option
 @click.argument("disk", metavar="DISK", shell_complete=complete_disks)
 @click.argument(
     "target", metavar="TARGET", callback=absolute, shell_complete=complete_paths

@@ -130,6 +130,21 @@ on_target_error_option = click.option(
     " (stop), or pause if it is full (enospc).  [default: report]",
 )
 
+job_id_option = click.option(
+    "--job-id", metavar="ID", help="Its name.  [default: DISK]"
+)
+no_auto_dismiss_option = click.option(
+    "--no-auto-dismiss",
+    is_flag=True,
+    help="Keep its result until 'fleecefs job dismiss'.",
+)
+detach_option = click.option(
+    "--detach", is_flag=True, help="Print the job's id, and do not follow."
+)
+json_lines_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print a JSON object every second."
+)
+
 # After the command ...
 mount_option = click.option(
     "-m",

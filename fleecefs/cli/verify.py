@@ -12,6 +12,8 @@ from fleecefs.cli.options import (
     complete_bitmaps,
     complete_disks,
     complete_paths,
+    detach_option,
+    json_lines_option,
     mount_option,
     size,
 )
@@ -46,10 +48,8 @@ _LINES_MAX = 20
     help="Bytes a second.  [default: no limit]",
 )
 @click.option("--job-id", metavar="ID", help="Its name.  [default: verify-DISK]")
-@click.option("--detach", is_flag=True, help="Print the job's id, and do not follow.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a JSON object every second."
-)
+@detach_option
+@json_lines_option
 @click.argument("disk", metavar="DISK", shell_complete=complete_disks)
 @click.argument(
     "target", metavar="TARGET", callback=absolute, shell_complete=complete_paths
