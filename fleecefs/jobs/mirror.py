@@ -13,7 +13,6 @@ goes on, and so does copying.
 import enum
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -24,15 +23,15 @@ from fleecefs.block.disk import drained
 from fleecefs.block.mirror import Sink
 from fleecefs.errors import Busy, VerbRejected
 from fleecefs.inventory import Inventory
-from fleecefs.jobs.copy import CHUNK_SIZE_MAX, RETRY_SECONDS
+from fleecefs.jobs.copy import RETRY_SECONDS
 from fleecefs.jobs.held import in_thread
 from fleecefs.jobs.job import Job
 from fleecefs.jobs.mirrorcopy import MirrorCopier, Outcome
 from fleecefs.jobs.options import CopyMode, MirrorOptions, OnError, Sync
-from fleecefs.jobs.progress import WINDOW
 from fleecefs.jobs.record import Record
 from fleecefs.jobs.status import JobStatus, JobVerb, check_verb
 from fleecefs.jobs.target import Target
+from fleecefs.jobs.trend import Sample, Trend
 from fleecefs.killpoint import reached
 from fleecefs.state.mirrors import DiskMirror
 from fleecefs.units import MiB
@@ -56,12 +55,6 @@ _AGAIN_SECONDS, _AGAIN_SECONDS_MAX = 0.1, 5.0
 
 # How often what is left is counted: on a disk of 10 TiB that takes milliseconds.
 _MEASURE_SECONDS = 0.25
-
-# So many times in a row, each so long, the guest has made dirty nearly as much as was
-# copied, or more: then a mirror does not converge.
-_TREND_SECONDS = 1.0
-_TREND_COUNT = 3
-_NEARLY = 0.9
 
 # What closing a target may take until it is left to itself.
 _CLOSE_SECONDS = 1.0
@@ -127,11 +120,7 @@ class MirrorJob(Job):
         self._next_instant = 0.0
         self._pause_after = _AGAIN_SECONDS
         self._measure_due = 0.0
-        # (time, bytes copied, bytes left), as old as speeds are.
-        self._samples: deque[tuple[float, int, int]] = deque()
-        # The same, when the trend was looked at last.
-        self._trend = (0.0, 0, 0)
-        self._stuck = 0
+        self._trend = Trend()
         self._waits = (0, 0.0)
         # Nobody is to be in the target for it: the daemon ends.
         self._is_leaving_target = False
@@ -616,24 +605,20 @@ class MirrorJob(Job):
         if self._copier is not None:
             left += self._copier.uncounted()
         self.progress.remaining = left
-        self._samples.append((now, self.progress.current, left))
-        while len(self._samples) > 2 and self._samples[1][0] <= now - WINDOW:
-            self._samples.popleft()
-        since, copied_before, left_before = self._trend
-        if now - since < _TREND_SECONDS:
-            return
-        self._trend = self._samples[-1]
-        copied = self.progress.current - copied_before
-        dirtied = copied + left - left_before
         has_passed = self._copier is not None and self._copier.passes > 0
-        is_stuck = dirtied > 0 and dirtied >= _NEARLY * copied - CHUNK_SIZE_MAX
-        is_stuck = is_stuck and has_passed and not self._is_ready
-        self._stuck = self._stuck + 1 if is_stuck and not mirror.is_following else 0
-        if self._stuck == _TREND_COUNT:
+        was_stuck = self._trend.is_stuck
+        self._trend.add(
+            Sample(now, self.progress.current, left),
+            is_catching_up=has_passed and not (self._is_ready or mirror.is_following),
+        )
+        if self._trend.is_stuck and not was_stuck:
             self._tell_stuck()
 
     def _tell_stuck(self) -> None:
-        rates = {"dirty-rate": self.dirty_rate, "copy-rate": self.progress.speed()}
+        rates = {
+            "dirty-rate": self._trend.dirty_rate,
+            "copy-rate": self.progress.speed(),
+        }
         self.emit(NOT_CONVERGING, {"id": self.id, **rates})
         log.info(
             "job %s does not converge: the guest writes %.0f bytes a second, "
@@ -651,26 +636,13 @@ class MirrorJob(Job):
         if self._is_ready or self.is_over or self._mirror is None:
             return False
         is_following = self._mirror.mirror.is_following
-        return self._stuck >= _TREND_COUNT and not is_following
-
-    @property
-    def dirty_rate(self) -> float:
-        """How many bytes a second become dirty, in whole granules."""
-        if len(self._samples) < 2:
-            return 0.0
-        (since, copied, left), (now, copied_now, left_now) = (
-            self._samples[0],
-            self._samples[-1],
-        )
-        if now == since:
-            return 0.0
-        return max(0.0, (copied_now - copied + left_now - left) / (now - since))
+        return self._trend.is_stuck and not is_following
 
     def eta(self) -> float | None:
         """Return the seconds until it is ready, if it comes to that."""
         if self._is_ready:
             return None
-        speed = self.progress.speed() - self.dirty_rate
+        speed = self.progress.speed() - self._trend.dirty_rate
         return self.progress.remaining / speed if speed > 0 else None
 
     def details(self) -> dict[str, Any]:
@@ -688,7 +660,7 @@ class MirrorJob(Job):
             "fell-back": None,
             "copy-mode": self.copy_mode.value,
             **self.qemu_details(),
-            "dirty-rate": self.dirty_rate if mirror is not None else 0.0,
+            "dirty-rate": self._trend.dirty_rate if mirror is not None else 0.0,
             "converges": not self._is_stuck,
             "held": self._held,
             "moved": self._has_moved,

@@ -23,7 +23,7 @@ from fleecefs.block.bitmap import LiveBits
 from fleecefs.block.raw import RawImage
 from fleecefs.errors import Abandoned, Busy, NotFound, NotUsable, VerbRejected
 from fleecefs.inventory import Inventory
-from fleecefs.jobs import mirror, mirrorcopy
+from fleecefs.jobs import mirror, mirrorcopy, trend
 from fleecefs.jobs.backups import create_backups
 from fleecefs.jobs.mirrors import create_mirror
 from fleecefs.jobs.options import (
@@ -1656,7 +1656,7 @@ async def test_the_copy_mode_changes_to_write_blocking(small, target, was_ready)
 
 def is_outrun(monkeypatch, job):
     """Let all that is copied be written again at once, while nothing follows."""
-    monkeypatch.setattr(mirror, "_TREND_SECONDS", 0.05)
+    monkeypatch.setattr(trend, "TREND_SECONDS", 0.05)
     # However little is left, it is too much for an instant.
     monkeypatch.setattr(mirror, "_REST_SIZE", 0)
     monkeypatch.setattr(mirror, "_REST_SECONDS", 0.0)
@@ -1703,7 +1703,7 @@ async def test_who_does_not_converge_says_so(small, target, monkeypatch, is_auto
 
 
 async def test_who_converges_does_not_change_its_mode(small, target, monkeypatch):
-    monkeypatch.setattr(mirror, "_TREND_SECONDS", 0.001)
+    monkeypatch.setattr(trend, "TREND_SECONDS", 0.001)
     async with running(small) as jobs:
         with Guest(small):
             job = await ready(jobs, small, target, is_auto=True, **ONE_BY_ONE)
