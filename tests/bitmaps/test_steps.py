@@ -436,7 +436,7 @@ def test_disk_that_does_not_come_to_rest_refuses_the_instant(host, monkeypatch):
     stay = gate.hold("pwrite")
     running = Running(write, host, 1)
     stay.wait_arrived()
-    monkeypatch.setattr(block_disk, "drain_deadline", lambda: 0.0)
+    monkeypatch.setattr(block_disk, "drain_deadline", lambda seconds: 0.0)
 
     with pytest.raises(Busy, match="writes did not end"):
         change(host, add("new"), Disable(WEB, "daily"))
