@@ -201,10 +201,13 @@ class Keeper:
     def _wait_ready(self, reports: int, since: float) -> float | None:
         """Wait for the daemon's report; return when it became ready, None if never."""
         assert self._daemon is not None
+        # Not select(2), which knows 1024 descriptors.
+        poller = select.poll()
+        poller.register(reports, select.POLLIN)
         data = b""
         while not data.endswith(b"\n"):
             left = since + _WITHOUT_DAEMON_SECONDS - time.monotonic()
-            if not select.select([reports], [], [], max(0, left))[0]:
+            if not poller.poll(max(0, left) * 1000):
                 return None
             part = os.read(reports, 65536)
             if not part:

@@ -1,5 +1,6 @@
 """What all tests share: `async def` tests run under trio, and nobody logs a warning."""
 
+import gc
 import inspect
 import logging
 import os
@@ -36,6 +37,13 @@ def pytest_pyfunc_call(pyfuncitem):
     """Run `async def` tests under trio."""
     if inspect.iscoroutinefunction(pyfuncitem.obj):
         pyfuncitem.obj = trio.testing.trio_test(pyfuncitem.obj)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_open():
+    """Close what tests of a module have left to the garbage collector."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
