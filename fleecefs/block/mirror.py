@@ -60,6 +60,7 @@ class Following:
 
     __slots__ = (
         "abandoned",
+        "begun",
         "deadline",
         "first",
         "is_done",
@@ -69,10 +70,11 @@ class Following:
         "thread",
     )
 
-    def __init__(self, first: int, stop: int, deadline: float) -> None:
+    def __init__(self, first: int, stop: int, timeout: float) -> None:
         self.first, self.stop = first, stop
+        self.begun = time.monotonic()
         # Until when the target has to answer.
-        self.deadline = deadline
+        self.deadline = self.begun + timeout
         self.thread = threading.get_ident()
         # Which granules were clean: these it writes to the target. None while it waits.
         self.own: bitarray | None = None
@@ -157,8 +159,7 @@ class Mirror:
         on_target: Callable[[Sink, int, int], None],
     ) -> int:
         first, stop = offset >> self.shift, ((offset + length - 1) >> self.shift) + 1
-        begin = time.monotonic()
-        write = self._begin(first, stop, begin) if self._sink is not None else None
+        write = self._begin(first, stop) if self._sink is not None else None
         if write is None:
             self._dirty[first:stop] = 1
             reached("mirror.marked")
@@ -172,14 +173,14 @@ class Mirror:
             self._follow(write, offset, offset + written, on_target)
             write.is_done = write.is_done and written == length
         finally:
-            self._end(write, begin)
+            self._end(write)
         if write.abandoned:
             raise Abandoned
         return written
 
-    def _begin(self, first: int, stop: int, now: float) -> Following | None:
+    def _begin(self, first: int, stop: int) -> Following | None:
         """Register a write that follows; None if following has ended meanwhile."""
-        write = Following(first, stop, now + self._timeout)
+        write = Following(first, stop, self._timeout)
         requests = self._requests
         with requests.lock:
             self._following.append(write)
@@ -234,8 +235,8 @@ class Mirror:
             with self._requests.lock:
                 self._stop_following(e)
 
-    def _end(self, write: Following, begin: float) -> None:
-        seconds = time.monotonic() - begin
+    def _end(self, write: Following) -> None:
+        seconds = time.monotonic() - write.begun
         with self._requests.lock:
             self._following.remove(write)
             if write.is_done and self._sink is not None and not write.abandoned:

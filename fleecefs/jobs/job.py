@@ -277,11 +277,6 @@ class Job:
         return self._in_flight > 0
 
     @property
-    def is_held(self) -> bool:
-        """Whether it is to rest. In any thread."""
-        return self._holds > 0
-
-    @property
     def is_over(self) -> bool:
         return self.status in OVER
 

@@ -44,9 +44,12 @@ TICK_SECONDS = 0.1
 # How long nobody looks after all workers have found nothing to do.
 _BREATH_SECONDS = 0.005
 
-# How long the guest is held back while the rest is copied and the target is flushed,
-# and what is little enough to be tried: so much, or what takes so long.
+# How long the guest is held back while the rest is copied and the target is flushed: at
+# first, and twice as long each time that was not enough, up to so many times. Guests
+# give up after 30 s.
 HELD_SECONDS_MAX = 1.0
+_HELD_TIMES_MAX = 8
+# What is little enough to be tried: so much, or what takes so long.
 _REST_SIZE = 1 * MiB
 _REST_SECONDS = 0.02
 
@@ -117,6 +120,8 @@ class MirrorJob(Job):
         self._is_flushing = False
         # For how long the guest was held back at instants, at the most.
         self._held = 0.0
+        # How many times HELD_SECONDS_MAX it may be.
+        self._held_times = 1
         self._next_instant = 0.0
         self._pause_after = _AGAIN_SECONDS
         self._measure_due = 0.0
@@ -416,7 +421,8 @@ class MirrorJob(Job):
             return False
         begin = time.monotonic()
         try:
-            with self.in_flight(), trio.move_on_after(HELD_SECONDS_MAX):
+            seconds = HELD_SECONDS_MAX * self._held_times
+            with self.in_flight(), trio.move_on_after(seconds) as limit:
                 is_alike = await self._copy_rest(copier)
                 if is_alike and (act is None or (await self._flush() and await act())):
                     self._pause_after = _AGAIN_SECONDS
@@ -424,6 +430,8 @@ class MirrorJob(Job):
         finally:
             hold.close()
             self._held = max(self._held, time.monotonic() - begin)
+        if limit.cancelled_caught:
+            self._held_times = min(2 * self._held_times, _HELD_TIMES_MAX)
         self._try_again_later()
         return False
 
@@ -450,7 +458,7 @@ class MirrorJob(Job):
         mirror, target, outcome = self._mirror, self._target, Outcome()
         assert mirror is not None
         assert target is not None
-        until = time.monotonic() + HELD_SECONDS_MAX
+        until = time.monotonic() + HELD_SECONDS_MAX * self._held_times
         while not mirror.mirror.is_alike() or copier.is_busy:
             await in_thread(target.users, partial(copier.copy_rest, until, outcome))
             self.progress.advance(outcome.copied)

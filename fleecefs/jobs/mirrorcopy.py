@@ -258,7 +258,7 @@ class MirrorCopier:
             while not self._has_stopped and (run := _take(found)) is not None:
                 self._copy_run(run, outcome)
             while not (self._has_stopped or outcome.error or job.limit.speed):
-                if job.is_held or time.monotonic() > until:
+                if time.monotonic() > until:
                     return
                 run = self._claim(count)
                 if run is None:

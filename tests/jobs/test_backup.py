@@ -47,31 +47,6 @@ def soon(monkeypatch):
     monkeypatch.setattr(backup, "_LAST_SECONDS", 0.5)
 
 
-@pytest.fixture
-def host(tmpfs_path, monkeypatch):
-    host = Host(tmpfs_path, monkeypatch)
-    yield host
-    host.end()
-
-
-@pytest.fixture
-def web(host):
-    """A host with a disk of three chunks: `a`, `b` and `c`."""
-    host.add("web.raw", b"a" * MiB + b"b" * MiB + b"c" * MiB)
-    host.open()
-    return host
-
-
-@pytest.fixture
-def content(web):
-    return web.live("web.raw")
-
-
-@pytest.fixture
-def target(tmpfs_path):
-    return tmpfs_path / "copy.raw"
-
-
 def wanted(target, device="web.raw", **options):
     options.setdefault("job_id", device)
     options.setdefault("auto_dismiss", False)

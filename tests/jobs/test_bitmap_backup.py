@@ -72,18 +72,6 @@ def soon(monkeypatch):
     monkeypatch.setattr(backup, "_LAST_SECONDS", 0.5)
 
 
-@pytest.fixture
-def host(tmpfs_path, monkeypatch):
-    host = Host(tmpfs_path, monkeypatch)
-    yield host
-    host.end()
-
-
-@pytest.fixture
-def target(tmpfs_path):
-    return tmpfs_path / "copy.raw"
-
-
 def bitmap_of(host, name="b", disk="web.raw"):
     return host.inventory.bitmaps.find(disk).held[name].bitmap
 

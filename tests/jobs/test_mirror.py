@@ -24,7 +24,6 @@ from fleecefs.block.raw import RawImage
 from fleecefs.errors import Abandoned, Busy, NotFound, NotUsable, VerbRejected
 from fleecefs.inventory import Inventory
 from fleecefs.jobs import mirror, mirrorcopy, trend
-from fleecefs.jobs.backups import create_backups
 from fleecefs.jobs.mirrors import create_mirror
 from fleecefs.jobs.options import (
     BackupOptions,
@@ -35,12 +34,13 @@ from fleecefs.jobs.options import (
 )
 from fleecefs.jobs.progress import Progress
 from fleecefs.jobs.record import Record
-from fleecefs.jobs.registry import Jobs
 from fleecefs.jobs.resume import resume_jobs
 from fleecefs.jobs.status import JobStatus
 from fleecefs.jobs.target import Target, busy_targets
 from fleecefs.state.directory import StateDirectory
 from fleecefs.units import KiB, MiB
+from tests.jobs.test_backup import ended
+from tests.jobs.test_backup import running as running_backups
 from tests.support.copying import wait_for
 from tests.support.disks import clusters, letters
 from tests.support.gate import Gate
@@ -71,36 +71,11 @@ def soon(monkeypatch):
 
 
 @pytest.fixture
-def host(tmpfs_path, monkeypatch):
-    host = Host(tmpfs_path, monkeypatch)
-    yield host
-    host.end()
-
-
-@pytest.fixture
-def web(host):
-    """A host with a disk of three chunks: `a`, `b` and `c`."""
-    host.add("web.raw", b"a" * MiB + b"b" * MiB + b"c" * MiB)
-    host.open()
-    return host
-
-
-@pytest.fixture
 def small(host):
     """A host with a disk of sixteen clusters."""
     host.add("web.raw", clusters(LETTERS))
     host.open()
     return host
-
-
-@pytest.fixture
-def content(web):
-    return web.live("web.raw")
-
-
-@pytest.fixture
-def target(tmpfs_path):
-    return tmpfs_path / "copy.raw"
 
 
 def wanted(target, device="web.raw", **options):
@@ -109,22 +84,7 @@ def wanted(target, device="web.raw", **options):
     return MirrorOptions(device, target, **options)
 
 
-@contextlib.asynccontextmanager
-async def running(host):
-    """The jobs of a daemon, those that go on among them; cancelled at the end."""
-    jobs = Jobs(
-        partial(create_backups, host.inventory),
-        host._emit,
-        None,
-        partial(resume_jobs, host.inventory),
-    )
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(jobs.run)
-        await jobs.wait_resumed()
-        try:
-            yield jobs
-        finally:
-            await jobs.close()
+running = partial(running_backups, resumes=True)
 
 
 async def start(jobs, host, target, device="web.raw", **options):
@@ -154,11 +114,6 @@ async def until_ready(job):
 async def until(job, status):
     await wait_for(lambda: job.status is status or job.is_over)
     assert job.status is status, job.error
-
-
-async def ended(job):
-    await wait_for(lambda: job.is_over)
-    return job
 
 
 async def ended_well(job):
@@ -261,6 +216,31 @@ class Writes:
     @property
     def indexes(self):
         return [index for index, _ in self.all]
+
+
+class Looks:
+    """How often a mirror looks at how things are, and holds the guest back for it."""
+
+    def __init__(self, monkeypatch):
+        self.count = self.drains = 0
+        drained, measure = mirror.drained, mirror.MirrorJob._measure
+
+        def draining(*args):
+            self.drains += 1
+            return drained(*args)
+
+        def measuring(job):
+            self.count += 1
+            measure(job)
+
+        monkeypatch.setattr(mirror, "drained", draining)
+        monkeypatch.setattr(mirror.MirrorJob, "_measure", measuring)
+
+    async def have_held(self):
+        """Whether the next looks hold the guest back."""
+        drains, count = self.drains, self.count
+        await wait_for(lambda: self.count > count + 20)
+        return self.drains > drains
 
 
 class Breaking:
@@ -766,6 +746,63 @@ async def test_what_is_left_is_never_less_than_nothing(small, target, monkeypatc
         assert set(measures[:3]) == {16 * CLUSTER}
         (event,) = events(small, "BLOCK_JOB_READY")
         assert (event["offset"], event["len"]) == (16 * CLUSTER,) * 2
+
+
+async def test_a_flush_that_takes_long_has_ever_more_time(web, target, monkeypatch):
+    """A slow target is no reason never to come to an end."""
+    flush = Target.flush
+
+    def slow(image):
+        time.sleep(0.1)
+        flush(image)
+
+    monkeypatch.setattr(Target, "flush", slow)
+    monkeypatch.setattr(mirror, "HELD_SECONDS_MAX", 0.03)
+    async with running(web) as jobs:
+        await completed(await ready(jobs, web, target))
+
+    assert source_of(web) == str(target)
+    assert is_alike(web, target)
+
+
+async def test_nobody_is_held_back_for_a_copy_that_hangs(small, target, monkeypatch):
+    looks = Looks(monkeypatch)
+    monkeypatch.setattr(mirrorcopy, "SLOW_SECONDS", 0.01)
+    async with running(small) as jobs:
+        job = await ready(jobs, small, target, **ONE_BY_ONE)
+        stay = hook(job, Gate).hold("pwrite")
+        small.write("web.raw", b"n")
+        await trio.to_thread.run_sync(stay.wait_arrived)
+        await wait_for(lambda: job._copier.is_slow)
+        job.complete()
+        has_held = await looks.have_held()
+        stay.release()
+        await ended_well(job)
+
+    assert not has_held
+    assert is_alike(small, target)
+
+
+async def test_who_rests_for_the_end_of_the_daemon_does_not_follow_again(
+    small, target, monkeypatch
+):
+    """It begins to just when it is told so."""
+    gate, follow = Gate(None), mirror.MirrorJob._follow
+    gate.image = SimpleNamespace(follow=follow)
+    monkeypatch.setattr(mirror.MirrorJob, "_follow", lambda job: gate.follow(job))
+    async with running(small) as jobs:
+        job = await ready(jobs, small, target)
+        stay = gate.hold("follow")
+        job.change(WRITE_BLOCKING)
+        await trio.to_thread.run_sync(stay.wait_arrived)
+        job.rest()
+        stay.release()
+        await until(job, JobStatus.STANDBY)
+        followed = job._mirror.mirror.is_following
+        job.release()
+        await until_synced(job)
+
+    assert not followed
 
 
 async def test_details_tell_what_it_does(web, target):
@@ -1515,7 +1552,8 @@ async def test_nobody_waits_for_a_target_before_it_works_again(
 
 
 @pytest.mark.logs("job web.raw failed")
-async def test_a_target_that_hangs_under_a_guests_write(small, target):
+async def test_a_target_that_hangs_under_a_guests_write(small, target, monkeypatch):
+    looks = Looks(monkeypatch)
     disk = small.inventory.disks["web.raw"]
     options = {"copy_mode": WRITE_BLOCKING, "on_target_error": IGNORE, **ONE_BY_ONE}
     async with running(small) as jobs, trio.open_nursery() as nursery:
@@ -1537,11 +1575,14 @@ async def test_a_target_that_hangs_under_a_guests_write(small, target):
         small.write("web.raw", clusters("m"), 6 * CLUSTER)
         small.write("web.raw", clusters("l"), 5 * CLUSTER)
         await wait_for(lambda: letters(target.read_bytes())[6] == "m")
-        await wait_all_tasks_blocked()
+        # Nor is anybody held back for that.
+        job.complete()
+        has_held = await looks.have_held()
         assert not is_synced(job)
         stay.release()
-        await until_synced(job)
+        await ended_well(job)
 
+        assert not has_held
         assert letters(small.live("web.raw")) == "abcdelmhijklmnop"
         assert is_alike(small, target)
 

@@ -23,7 +23,7 @@ from fleecefs.units import KiB, MiB
 from tests.support.copying import wait_for
 from tests.support.faulty import Faulty
 from tests.support.gate import Gate
-from tests.support.host import CLUSTER, Host
+from tests.support.host import CLUSTER
 from tests.support.qemu import qemu_img, require_qemu
 
 # Neither a whole number of chunks, nor of clusters, nor of sectors.
@@ -37,13 +37,6 @@ NEVER = 1
 def soon(monkeypatch):
     """Wait for nothing as long as people would."""
     monkeypatch.setattr(verify, "_CLOSE_SECONDS", 0.2)
-
-
-@pytest.fixture
-def host(tmpfs_path, monkeypatch):
-    host = Host(tmpfs_path, monkeypatch)
-    yield host
-    host.end()
 
 
 @pytest.fixture
