@@ -199,12 +199,19 @@ class Target:
 
     def remove(self) -> None:
         """Remove the file if the job has made it, and it still is at its place."""
-        if not self.is_new or self.path is None or self._fd is None:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(self.path.stat(), os.fstat(self._fd)):
-                self.path.unlink()
-                sync_directory(self.path.parent)
+        if self.is_new and self.path is not None and self._is_in_place():
+            self.path.unlink(missing_ok=True)
+            sync_directory(self.path.parent)
+
+    def _is_in_place(self) -> bool:
+        """Tell whether the path leads to it, and not to nothing or another file."""
+        if self.path is None or self._fd is None:
+            return False
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self._fd))
 
     def remove_unused(self) -> None:
         """Remove the file if the job has made it, and nothing is in it."""
@@ -212,8 +219,15 @@ class Target:
             self.remove()
 
     def hand_over(self, take: Callable[[RawImage], None]) -> None:
-        """Let somebody take the raw image who keeps it open, unless `take` fails."""
+        """Let somebody take the raw image who keeps it open, unless `take` fails.
+
+        NotUsable if nobody would find it by its path.
+        """
         assert self._raw is not None
+        if not self._is_in_place():
+            raise NotUsable(
+                f"target {self.path}: is not there any more, or another file is"
+            )
         take(self._raw)
         self.users.keep_open()
 

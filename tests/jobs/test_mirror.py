@@ -2032,6 +2032,37 @@ async def test_cancelled_at_the_last_moment_the_disk_stays(
         assert nothing_left(web)
 
 
+@pytest.mark.logs("job web.raw failed")
+@pytest.mark.parametrize("place", ["nothing", "another", "directory-gone"])
+async def test_a_disk_does_not_move_to_a_file_that_has_left_its_place(
+    web, tmpfs_path, place
+):
+    """The next mount would not find it."""
+    target = tmpfs_path / "new" / "copy.raw"
+    target.parent.mkdir()
+    async with running(web) as jobs:
+        job = await ready(jobs, web, target)
+        target.rename(tmpfs_path / "kept.raw")
+        if place == "another":
+            target.write_bytes(bytes(3 * MiB))
+        elif place == "directory-gone":
+            target.parent.rmdir()
+        job.complete()
+        await ended(job)
+        await write(web, b"later")
+
+    if place == "directory-gone":
+        # Nor could it be flushed.
+        assert job.error == f"{target.parent}: No such file or directory"
+    else:
+        assert (
+            job.error == f"target {target}: is not there any more, or another file is"
+        )
+    assert source_of(web) == str(web.sources["web.raw"])
+    assert is_alike(web, web.sources["web.raw"])
+    assert nothing_left(web)
+
+
 @pytest.mark.parametrize("auto_finalize", [False, True])
 async def test_while_the_disk_moves_it_is_too_late_to_cancel(
     web, target, monkeypatch, auto_finalize
